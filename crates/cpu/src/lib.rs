@@ -1,0 +1,1 @@
+//! The operations on the CPU: the oracle for every GPU kernel, and a serving backend.

@@ -1,0 +1,1 @@
+//! One thread that runs the serving loop: requests in, tokens out.

@@ -1,0 +1,69 @@
+//! The step contract between the engine and whatever runs the model.
+//!
+//! An [`Executor`] owns the weights, the KV pool and one *slot* per live sequence. The engine hands
+//! it [`Batch`]es and gets [`Completion`]s back. Steps are asynchronous: step N+1 is submitted
+//! before step N was read back, so a decode row does not name its input token — it says
+//! [`Input::Last`], and the executor feeds the token that it sampled for that slot last.
+//!
+//! What every implementation guarantees, and the conformance suite checks:
+//! - steps of one lane run in the order of submission; copies of a batch run before its rows;
+//! - a row's output depends on its own tokens, its sampling parameters and nothing else: not on its
+//!   neighbours, on how its prompt was cut into chunks, or on which blocks hold its KV;
+//! - a bad batch is refused whole by [`Executor::submit`] before anything runs.
+
+mod batch;
+mod error;
+
+pub use batch::{Batch, Bind, BlockCopy, Completion, Input, Lane, Row, RowOutput, Ticket};
+pub use error::ExecutorError;
+
+use std::time::Instant;
+
+use spate_types::Slot;
+
+/// What an executor can hold; fixed from its start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capacity {
+    /// Sequences that can be alive at once (running or preempted).
+    pub slots: u32,
+    /// KV blocks in the pool.
+    pub blocks: u32,
+    /// Tokens per block.
+    pub block_size: u32,
+    /// Most input tokens in one batch, over all rows.
+    pub max_batch_tokens: u32,
+    /// Most positions in one sequence.
+    pub max_seq_len: u32,
+    /// Width of the logits: every token id is below it.
+    pub vocab_size: u32,
+    /// Lanes that take batches.
+    pub lanes: Vec<Lane>,
+    /// Batches that may be submitted on a lane and not yet be completed; at least 1.
+    pub depth: u32,
+}
+
+/// Runs batches on a device.
+///
+/// One thread, the engine's, calls it; an implementation does its work elsewhere (a stream, a
+/// worker thread) so that [`submit`](Self::submit) returns at once.
+pub trait Executor: Send {
+    /// What it can hold.
+    fn capacity(&self) -> &Capacity;
+
+    /// Queues `batch` behind everything submitted on `lane` before.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Rejected`] when the batch breaks a rule of [`Batch`] or exceeds the
+    /// capacity: nothing of it runs. [`ExecutorError::Fatal`] when the device is lost.
+    fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError>;
+
+    /// Waits until `deadline` for the next completion, in order of submission within each lane.
+    /// `None`: there was none by then.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Fatal`] when the device is lost: no completion will come any more.
+    fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError>;
+
+    /// Forgets a slot's state. Called when its sequence ended and no batch in flight names it.
+    fn release(&mut self, slot: Slot);
+}

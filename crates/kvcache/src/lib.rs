@@ -1,0 +1,1 @@
+//! Paged, reference-counted, prefix-shared KV-cache block bookkeeping. Owns no device memory.

@@ -1,0 +1,1 @@
+//! Model configuration, weight files and the forward pass, written once over a dozen fused operations.

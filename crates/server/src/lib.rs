@@ -1,0 +1,1 @@
+//! The OpenAI wire: routes, validation, server-sent events, errors, metrics.
