@@ -87,10 +87,9 @@ impl ServedModel {
         self.engine.capacity().vocab_size
     }
 
-    /// Sequences that can be running or waiting at once.
+    /// Most sequences that one request may have: all of them wait at first.
     pub(crate) fn max_sequences(&self) -> u32 {
-        let scheduler = &self.engine.config().scheduler;
-        scheduler.max_num_seqs.saturating_add(scheduler.max_waiting)
+        self.engine.config().scheduler.max_waiting
     }
 }
 

@@ -92,7 +92,15 @@ mod tests {
         for good in ["Bearer first", "bearer  first", "BEARER second key"] {
             assert!(keys.admits(&headers(good)), "{good}");
         }
-        for bad in ["", "first", "Bearer", "Bearer ", "Bearer firs", "Bearer firstt", "Basic first"] {
+        for bad in [
+            "",
+            "first",
+            "Bearer",
+            "Bearer ",
+            "Bearer firs",
+            "Bearer firstt",
+            "Basic first",
+        ] {
             assert!(!keys.admits(&headers(bad)), "{bad}");
         }
         assert!(!keys.admits(&HeaderMap::new()));

@@ -114,10 +114,7 @@ impl IntoResponse for ApiError {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
         if self.status == StatusCode::UNAUTHORIZED {
-            headers.insert(
-                header::WWW_AUTHENTICATE,
-                HeaderValue::from_static("Bearer"),
-            );
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
@@ -126,11 +123,12 @@ impl IntoResponse for ApiError {
 impl From<AdmitError> for ApiError {
     fn from(e: AdmitError) -> Self {
         match e {
-            AdmitError::QueueFull { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, format!("{e}; try again later"))
-                    .with_code("queue_full")
-                    .with_retry_after(1)
-            }
+            AdmitError::QueueFull { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                format!("{e}; try again later"),
+            )
+            .with_code("queue_full")
+            .with_retry_after(1),
             AdmitError::Draining => Self::unavailable(e.to_string(), 5).with_code("draining"),
             AdmitError::Dead(_) => Self::unavailable(e.to_string(), 10).with_code("engine_dead"),
         }

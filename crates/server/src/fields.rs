@@ -92,8 +92,12 @@ impl Fields {
         }
     }
 
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|value| !value.is_null())
+    }
+
     /// Ends the reading: what is left is unknown, and ignored as OpenAI's servers do.
-    pub(crate) fn finish(self) {
+    pub(crate) fn log_unknown(&self) {
         for name in self.0.keys() {
             tracing::debug!(field = %name.escape_debug(), "unknown field ignored");
         }

@@ -86,6 +86,17 @@ pub(crate) struct Delta {
     pub(crate) tokens: Vec<SampledToken>,
 }
 
+/// A choice from its first to its last token.
+#[derive(Debug, Default)]
+pub(crate) struct Collected {
+    pub(crate) text: String,
+    /// When the client wants to see tokens.
+    pub(crate) tokens: Vec<SampledToken>,
+    /// Why it ended.
+    pub(crate) reason: &'static str,
+    pub(crate) stop: Option<StopReason>,
+}
+
 /// A request on its way through the engine. Dropping it aborts what still runs.
 pub(crate) struct Generation {
     model: Arc<ServedModel>,
@@ -119,10 +130,7 @@ impl Generation {
         let model = context.model.clone();
         let choices = (0..running.len() * request.n as usize)
             .map(|_| Choice {
-                detokenizer: Detokenizer::new(
-                    model.tokenizer.clone(),
-                    request.skip_special_tokens,
-                ),
+                detokenizer: Detokenizer::new(model.tokenizer.clone(), request.skip_special_tokens),
                 matcher: StopMatcher::new(request.stop_strings.clone(), request.include_stop),
                 tokens: 0,
                 ended: false,
@@ -182,6 +190,33 @@ impl Generation {
         Ok(None)
     }
 
+    /// Waits for the end and gives every choice whole.
+    pub(crate) async fn collect(&mut self) -> Result<Vec<Collected>, ApiError> {
+        let mut choices = Vec::new();
+        choices.resize_with(self.choices.len(), Collected::default);
+        while let Some(updates) = self.next().await? {
+            for update in updates {
+                match update {
+                    Update::Delta(delta) => {
+                        let choice = &mut choices[delta.choice as usize];
+                        choice.text.push_str(&delta.text);
+                        choice.tokens.extend(delta.tokens);
+                    }
+                    Update::Finished {
+                        choice,
+                        reason,
+                        stop,
+                    } => {
+                        let choice = &mut choices[choice as usize];
+                        choice.reason = reason;
+                        choice.stop = stop;
+                    }
+                }
+            }
+        }
+        Ok(choices)
+    }
+
     /// The next events of any prompt, with its index.
     async fn next_events(&mut self) -> Option<(usize, Vec<Event>)> {
         loop {
@@ -215,7 +250,9 @@ impl Generation {
         let mut updates = Vec::new();
         for event in events {
             match event {
-                Event::Token { seq, token } => self.take_token(prompt, seq.index, token, &mut updates),
+                Event::Token { seq, token } => {
+                    self.take_token(prompt, seq.index, token, &mut updates)
+                }
                 Event::PromptLogprobs { logprobs, .. } => {
                     self.running[prompt].logprobs.extend(logprobs);
                 }
@@ -226,7 +263,6 @@ impl Generation {
                     self.running[prompt].stream = None;
                     self.cached_tokens += usage.cached_tokens;
                     self.record.set_timings(&timings);
-                    self.record.set_usage(&self.usage());
                     if self.past_deadline {
                         return Err(deadline_error(&timings));
                     }
@@ -346,14 +382,15 @@ impl Generation {
     }
 }
 
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.record.set_usage(&self.usage());
+    }
+}
+
 /// Appends to the choice's last delta when nothing came in between: a reader that lags gets fewer,
 /// larger chunks.
-fn push_delta(
-    updates: &mut Vec<Update>,
-    choice: u32,
-    text: String,
-    token: Option<SampledToken>,
-) {
+fn push_delta(updates: &mut Vec<Update>, choice: u32, text: String, token: Option<SampledToken>) {
     if let Some(Update::Delta(last)) = updates.last_mut()
         && last.choice == choice
     {

@@ -125,17 +125,15 @@ mod tests {
 
     #[test]
     fn reads_what_serde_json_reads() {
-        let body = br#" {"a": [1, -2, 0.5, 1e3, true, null, "\u00e9\ud83d\ude00"], "b": {"c": {}}} "#;
+        let body =
+            br#" {"a": [1, -2, 0.5, 1e3, true, null, "\u00e9\ud83d\ude00"], "b": {"c": {}}} "#;
         let expected: Value = serde_json::from_slice(body).unwrap();
         assert_eq!(Value::Object(parse_object(body).unwrap()), expected);
     }
 
     #[test]
     fn h7_refuses_duplicate_keys_at_any_depth() {
-        assert_eq!(
-            error(br#"{"n": 1, "n": 2}"#).param.as_deref(),
-            Some("n")
-        );
+        assert_eq!(error(br#"{"n": 1, "n": 2}"#).param.as_deref(), Some("n"));
         let nested = error(br#"{"x": [{"a": 1, "\u0061": 2}]}"#);
         assert!(nested.message.contains("'a' occurs twice"), "{nested:?}");
         assert_eq!(nested.param.as_deref(), Some("x"));

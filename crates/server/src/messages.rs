@@ -53,7 +53,9 @@ fn read_message(path: &str, message: Value, parts_left: &mut usize) -> Result<Va
         _ => {
             return Err(ApiError::field(
                 format!("{path}.role"),
-                format!("'{path}.role' must be one of 'system', 'developer', 'user', 'assistant', 'tool'"),
+                format!(
+                    "'{path}.role' must be one of 'system', 'developer', 'user', 'assistant', 'tool'"
+                ),
             ));
         }
     };
@@ -139,7 +141,9 @@ fn read_part(path: &str, part: Value) -> Result<String, ApiError> {
         "image_url" | "input_audio" | "audio_url" | "video_url" | "file" | "file_url" => {
             Err(ApiError::field(
                 path,
-                format!("'{path}': content of type '{kind}' is not supported, this model reads text only"),
+                format!(
+                    "'{path}': content of type '{kind}' is not supported, this model reads text only"
+                ),
             ))
         }
         _ => Err(ApiError::field(
@@ -161,7 +165,8 @@ fn read_tool_calls(path: &str, calls: Option<Value>) -> Result<Option<Value>, Ap
     for (i, call) in calls.iter_mut().enumerate() {
         let path = format!("{path}[{i}].function");
         let function = call.get_mut("function").and_then(Value::as_object_mut);
-        let Some(function) = function.filter(|f| f.get("name").is_some_and(Value::is_string)) else {
+        let Some(function) = function.filter(|f| f.get("name").is_some_and(Value::is_string))
+        else {
             return Err(ApiError::field(
                 &*path,
                 format!("'{path}' must be an object with a 'name' and 'arguments'"),
@@ -171,12 +176,14 @@ fn read_tool_calls(path: &str, calls: Option<Value>) -> Result<Option<Value>, Ap
             None | Some(Value::Null) => Map::new(),
             Some(Value::String(text)) if text.is_empty() => Map::new(),
             Some(Value::Object(map)) => map.clone(),
-            Some(Value::String(text)) => crate::json::parse_object(text.as_bytes()).map_err(|_| {
-                ApiError::field(
-                    format!("{path}.arguments"),
-                    format!("'{path}.arguments' must be a JSON object in a string"),
-                )
-            })?,
+            Some(Value::String(text)) => {
+                crate::json::parse_object(text.as_bytes()).map_err(|_| {
+                    ApiError::field(
+                        format!("{path}.arguments"),
+                        format!("'{path}.arguments' must be a JSON object in a string"),
+                    )
+                })?
+            }
             Some(other) => return Err(wrong_type(&format!("{path}.arguments"), "a string", other)),
         };
         function.insert("arguments".into(), Value::Object(arguments));

@@ -285,8 +285,7 @@ impl EngineMetrics {
         observe(&self.e2e, times.arrived, times.finished);
         if longest > 1 {
             let decode = times.finished.saturating_sub(times.first_token);
-            self.tpot
-                .observe(seconds(decode) / f64::from(longest - 1));
+            self.tpot.observe(seconds(decode) / f64::from(longest - 1));
         }
         self.request_prompt_tokens
             .observe(f64::from(usage.prompt_tokens));
@@ -330,9 +329,7 @@ impl Recorder {
             metrics
                 .iteration_tokens
                 .observe(f64::from(report.batch_tokens));
-            metrics
-                .step_sequences
-                .observe(f64::from(report.batch_rows));
+            metrics.step_sequences.observe(f64::from(report.batch_rows));
             metrics.step_busy.observe(report.busy.as_secs_f64());
         }
         for event in &report.events {

@@ -27,6 +27,9 @@ pub(crate) async fn start(
     mut request: ValidatedRequest,
     record: &Arc<Record>,
 ) -> Result<(Generation, ValidatedRequest), ApiError> {
+    if let Some(id) = &request.client_id {
+        record.set_request_id(id);
+    }
     let engine = &context.model.engine;
     let permits = request
         .prompts
@@ -53,7 +56,7 @@ pub(crate) async fn start(
     // All prompts are checked before the first one runs.
     let max_tokens = encoded
         .iter()
-        .map(|prompt| room_for_output(context.model.max_model_len, prompt, &request))
+        .map(|prompt| room_for_output(&context.model, prompt, &request))
         .collect::<Result<Vec<_>, _>>()?;
 
     let mut running = Vec::with_capacity(encoded.len());
@@ -101,10 +104,13 @@ fn stop_params(model: &ServedModel, request: &ValidatedRequest, max_tokens: u32)
 
 /// How many tokens a prompt's output may have.
 fn room_for_output(
-    max_model_len: u32,
+    model: &ServedModel,
     prompt: &Encoded,
     request: &ValidatedRequest,
 ) -> Result<u32, ApiError> {
+    let max_model_len = model.max_model_len;
+    let capacity = model.engine.capacity();
+    let kv_tokens = capacity.blocks as usize * capacity.block_size as usize;
     let len = prompt.tokens.len();
     let room = max_model_len as usize - len.min(max_model_len as usize);
     if room == 0 {
@@ -117,9 +123,13 @@ fn room_for_output(
     }
     let room = room as u32;
     let max_tokens = match request.max_tokens {
-        None => room,
+        // Nothing was asked for: what can be had, when the KV pool is smaller than the context.
+        None => room.min((kv_tokens + 1).saturating_sub(len).max(1) as u32),
         Some(MaxTokens { limit, field: None }) => limit.min(room),
-        Some(MaxTokens { limit, field: Some(field) }) if limit > room => {
+        Some(MaxTokens {
+            limit,
+            field: Some(field),
+        }) if limit > room => {
             return Err(ApiError::context_length(
                 field,
                 format!(
@@ -132,7 +142,9 @@ fn room_for_output(
     if request.sampling.min_tokens > max_tokens {
         return Err(ApiError::field(
             "min_tokens",
-            format!("'min_tokens' must be at most {max_tokens}, the most output tokens this request can have"),
+            format!(
+                "'min_tokens' must be at most {max_tokens}, the most output tokens this request can have"
+            ),
         ));
     }
     Ok(max_tokens)

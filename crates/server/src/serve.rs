@@ -20,7 +20,7 @@ use crate::config::ServerConfig;
 use crate::routes;
 
 /// How long accepting pauses when the system has no file descriptor or memory for a connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why serving ended before it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -122,7 +122,7 @@ impl Server {
     }
 
     /// Serves one connection to its end.
-    fn connection(&self, stream: TcpStream) -> impl Future<Output = ()> + Send + 'static {
+    fn connection(&self, stream: TcpStream) -> impl Future<Output = ()> + Send + use<> {
         // Tokens go out as they come. A socket that refuses the option still works.
         let _slower = stream.set_nodelay(true);
         let io = TokioIo::new(Guarded::new(stream, self.config.write_timeout));
@@ -140,7 +140,7 @@ impl Server {
             let mut connection = pin!(connection);
             let ended = tokio::select! {
                 ended = &mut connection => ended,
-                _ = closing.wait_for(|closing| *closing) => {
+                () = async { drop(closing.wait_for(|closing| *closing).await) } => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }
@@ -212,7 +212,9 @@ impl Guarded {
             return progress;
         }
         let patience = self.patience;
-        let timer = self.stalled.get_or_insert_with(|| Box::pin(sleep(patience)));
+        let timer = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(sleep(patience)));
         ready!(timer.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }

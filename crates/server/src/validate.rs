@@ -91,7 +91,7 @@ pub(crate) struct OutputOptions {
     pub(crate) token_ids: bool,
     /// Write tokens in logprobs as `token_id:ID` instead of their text.
     pub(crate) tokens_as_ids: bool,
-    /// Begin the text with the prompt.
+    /// Begin the text with the prompt; completions only.
     pub(crate) echo: bool,
 }
 
@@ -130,19 +130,19 @@ impl ValidatedRequest {
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             stop_ids: read_stop_ids(fields, context.model.vocab_size())?,
             stop_strings: read_stop_strings(fields)?,
-            include_stop: fields
-                .bool("include_stop_str_in_output")?
-                .unwrap_or(false),
+            include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
             skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
             max_tokens,
             n,
-            priority: fields.integer("priority", i32::MIN..=i32::MAX)?.unwrap_or(0),
+            priority: fields
+                .integer("priority", i32::MIN..=i32::MAX)?
+                .unwrap_or(0),
             cache_salt: read_cache_salt(fields)?,
             stream,
             output: OutputOptions {
                 token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
                 tokens_as_ids: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
-                echo: fields.bool("echo")?.unwrap_or(false),
+                echo: false,
             },
             client_id: fields.string("request_id")?,
         };
@@ -190,7 +190,9 @@ fn read_stream(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
 }
 
 fn read_n(fields: &mut Fields, context: &Context, prompts: usize) -> Result<u32, ApiError> {
-    let n = fields.integer("n", 1..=context.app.config.max_n)?.unwrap_or(1);
+    let n = fields
+        .integer("n", 1..=context.app.config.max_n)?
+        .unwrap_or(1);
     if let Some(best_of) = fields.integer("best_of", 1..=context.app.config.max_n)?
         && best_of != n
     {
@@ -203,7 +205,9 @@ fn read_n(fields: &mut Fields, context: &Context, prompts: usize) -> Result<u32,
     if prompts as u64 * u64::from(n) > u64::from(most) {
         return Err(ApiError::field(
             "n",
-            format!("{prompts} prompts with 'n' = {n} are more than the {most} sequences that this server takes at once"),
+            format!(
+                "{prompts} prompts with 'n' = {n} are more than the {most} sequences that this server takes at once"
+            ),
         ));
     }
     Ok(n)
@@ -235,7 +239,9 @@ fn read_sampling(
         repetition_penalty: fields
             .number("repetition_penalty", 0.01..=10.0)?
             .unwrap_or(1.0),
-        presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
+        presence_penalty: fields
+            .number("presence_penalty", -2.0..=2.0)?
+            .unwrap_or(0.0),
         frequency_penalty: fields
             .number("frequency_penalty", -2.0..=2.0)?
             .unwrap_or(0.0),
@@ -267,26 +273,32 @@ fn read_logprobs(fields: &mut Fields, dialect: LogprobsField) -> Result<Option<u
     }
 }
 
-fn read_logit_bias(
-    fields: &mut Fields,
-    vocab_size: u32,
-) -> Result<Vec<(TokenId, f32)>, ApiError> {
+fn read_logit_bias(fields: &mut Fields, vocab_size: u32) -> Result<Vec<(TokenId, f32)>, ApiError> {
     const NAME: &str = "logit_bias";
     let map = fields.object(NAME)?.unwrap_or_default();
     if map.len() > MAX_LOGIT_BIAS {
         return Err(ApiError::field(
             NAME,
-            format!("'{NAME}' may have {MAX_LOGIT_BIAS} entries, got {}", map.len()),
+            format!(
+                "'{NAME}' may have {MAX_LOGIT_BIAS} entries, got {}",
+                map.len()
+            ),
         ));
     }
     let mut bias = Vec::with_capacity(map.len());
     for (key, value) in &map {
         // Digits only: "+1" or "01" would let two keys name one token.
-        let id = key.parse::<TokenId>().ok().filter(|id| id.to_string() == *key);
+        let id = key
+            .parse::<TokenId>()
+            .ok()
+            .filter(|id| id.to_string() == *key);
         let Some(id) = id.filter(|&id| id < vocab_size) else {
             return Err(ApiError::field(
                 NAME,
-                format!("the keys of '{NAME}' must be token ids between 0 and {}", vocab_size - 1),
+                format!(
+                    "the keys of '{NAME}' must be token ids between 0 and {}",
+                    vocab_size - 1
+                ),
             ));
         };
         bias.push((id, fields::number(NAME, value, -100.0..=100.0)?));
@@ -300,7 +312,10 @@ fn read_stop_ids(fields: &mut Fields, vocab_size: u32) -> Result<Vec<TokenId>, A
     if ids.len() > MAX_STOP_IDS {
         return Err(ApiError::field(
             NAME,
-            format!("'{NAME}' may have {MAX_STOP_IDS} entries, got {}", ids.len()),
+            format!(
+                "'{NAME}' may have {MAX_STOP_IDS} entries, got {}",
+                ids.len()
+            ),
         ));
     }
     ids.iter()
@@ -318,7 +333,10 @@ fn read_stop_strings(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
     if stops.len() > MAX_STOP_STRINGS {
         return Err(ApiError::field(
             NAME,
-            format!("'{NAME}' may have {MAX_STOP_STRINGS} strings, got {}", stops.len()),
+            format!(
+                "'{NAME}' may have {MAX_STOP_STRINGS} strings, got {}",
+                stops.len()
+            ),
         ));
     }
     stops
@@ -327,7 +345,10 @@ fn read_stop_strings(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
             Value::String(s) if (1..=MAX_STOP_BYTES).contains(&s.len()) => Ok(s),
             Value::String(s) => Err(ApiError::field(
                 NAME,
-                format!("each string of '{NAME}' must have 1 to {MAX_STOP_BYTES} bytes, got {}", s.len()),
+                format!(
+                    "each string of '{NAME}' must have 1 to {MAX_STOP_BYTES} bytes, got {}",
+                    s.len()
+                ),
             )),
             other => Err(wrong_type(NAME, "a string or an array of strings", &other)),
         })
@@ -343,7 +364,9 @@ fn read_cache_salt(fields: &mut Fields) -> Result<Option<Arc<str>>, ApiError> {
     if chars == 0 || chars > MAX_CACHE_SALT_CHARS || salt.chars().any(char::is_control) {
         return Err(ApiError::field(
             NAME,
-            format!("'{NAME}' must have 1 to {MAX_CACHE_SALT_CHARS} characters, none of them a control character"),
+            format!(
+                "'{NAME}' must have 1 to {MAX_CACHE_SALT_CHARS} characters, none of them a control character"
+            ),
         ));
     }
     Ok(Some(salt.into()))

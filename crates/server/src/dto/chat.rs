@@ -49,7 +49,7 @@ pub(crate) struct ChatChunk<'a> {
     pub(crate) prompt_token_ids: Option<&'a [u32]>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 pub(crate) struct ChatChunkChoice<'a> {
     pub(crate) index: u32,
     pub(crate) delta: ChatDelta<'a>,

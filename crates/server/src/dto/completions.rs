@@ -39,7 +39,7 @@ pub(crate) struct CompletionChunk<'a> {
     pub(crate) usage: Option<Option<Usage>>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 pub(crate) struct CompletionChunkChoice<'a> {
     pub(crate) index: u32,
     pub(crate) text: &'a str,

@@ -100,7 +100,12 @@ pub(crate) struct CompletionLogprobs {
 
 impl CompletionLogprobs {
     /// Appends a token whose text begins at character `offset`; returns where the next one begins.
-    pub(crate) fn push(&mut self, writer: TokenWriter<'_>, token: &Logprobs, offset: usize) -> usize {
+    pub(crate) fn push(
+        &mut self,
+        writer: TokenWriter<'_>,
+        token: &Logprobs,
+        offset: usize,
+    ) -> usize {
         let mut top = Map::new();
         for &(id, logprob) in &token.top {
             top.insert(writer.key(id), finite(logprob).into());
@@ -108,7 +113,13 @@ impl CompletionLogprobs {
         // The token itself is always there, even when it is not among the likeliest.
         top.entry(writer.key(token.token))
             .or_insert_with(|| finite(token.logprob).into());
-        self.push_row(writer, token.token, Some(finite(token.logprob)), Some(top), offset)
+        self.push_row(
+            writer,
+            token.token,
+            Some(finite(token.logprob)),
+            Some(top),
+            offset,
+        )
     }
 
     /// Appends the first token of an echoed prompt, which nothing predicted.
@@ -148,9 +159,7 @@ pub(crate) fn prompt_logprobs(tokenizer: &Tokenizer, predicted: &[Logprobs]) -> 
         tokenizer,
         as_ids: false,
     };
-    let entry = |id: TokenId, logprob: f32, rank: u32| {
-        json!({"logprob": finite(logprob), "rank": rank, "decoded_token": writer.text(id)})
-    };
+    let entry = |id: TokenId, logprob: f32, rank: u32| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": writer.text(id)});
     let rows = predicted.iter().map(|token| {
         let mut row = Map::new();
         row.insert(
