@@ -2,7 +2,7 @@
 //! `cargo bench -p spate-cpu --bench linear [threads]`.
 //!
 //! At m = 1 a product reads all its weights once, so the limit is memory bandwidth; the read loop
-//! that measures it goes over as many bytes as the matrix has. With many tokens the limit is
+//! beside it goes over as many bytes, in pages of the usual size. With many tokens the limit is
 //! arithmetic.
 
 use std::hint::black_box;
@@ -37,15 +37,10 @@ fn main() {
         .find_map(|arg| arg.parse().ok())
         .unwrap_or(0);
     let pool = ThreadPool::new(threads).expect("threads");
-    let bandwidth = read_bandwidth(&pool);
+    println!("{}, {} threads", Isa::best().name(), pool.threads());
     println!(
-        "{}, {} threads, reads {bandwidth:.1} GB/s",
-        Isa::best().name(),
-        pool.threads()
-    );
-    println!(
-        "{:<12} {:<5} {:>14} {:>9} {:>8} {:>7} {:>11} {:>11}",
-        "", "type", "shape", "m=1 us", "GB/s", "limit", "m=64 GOP/s", "m=512 GOP/s"
+        "{:<12} {:<5} {:>14} {:>9} {:>8} {:>10} {:>11} {:>11}",
+        "", "type", "shape", "m=1 us", "GB/s", "read GB/s", "m=64 GOP/s", "m=512 GOP/s"
     );
     for &(rows, cols, ty, name) in SHAPES {
         let bytes = weights(ty, rows * cols);
@@ -57,18 +52,23 @@ fn main() {
 
         let decode = time(&pool, &matrices, 1);
         let gigabytes = matrices[0].bytes() as f64 / decode.as_secs_f64() / 1e9;
-        let [m64, m512] = [64, 512].map(|m| match rows > 100_000 && m > 64 {
-            true => f64::NAN, // logits of that many tokens are never wanted
-            false => {
-                (2 * rows * cols * m) as f64 / time(&pool, &matrices[..1], m).as_secs_f64() / 1e9
-            }
-        });
+        let limit = read_bandwidth(&pool, matrices[0].bytes() * turns);
+        let giga_ops = |m: usize| {
+            let took = time(&pool, &matrices[..1], m);
+            (2 * rows * cols * m) as f64 / took.as_secs_f64() / 1e9
+        };
+        let m64 = giga_ops(64);
+        // Nobody wants the logits of 512 tokens at once.
+        let m512 = if rows < 10_000 {
+            giga_ops(512)
+        } else {
+            f64::NAN
+        };
         println!(
-            "{name:<12} {:<5} {:>14} {:>9.1} {gigabytes:>8.1} {:>6.0}% {m64:>11.0} {m512:>11.0}",
+            "{name:<12} {:<5} {:>14} {:>9.1} {gigabytes:>8.1} {limit:>10.1} {m64:>11.0} {m512:>11.0}",
             ty.name(),
             format!("{rows}x{cols}"),
             decode.as_secs_f64() * 1e6,
-            100.0 * gigabytes / bandwidth,
         );
     }
 }
@@ -89,9 +89,9 @@ fn time(pool: &ThreadPool, matrices: &[LinearWeight], m: usize) -> Duration {
     })
 }
 
-/// GB/s at which all threads together read 64 MiB that were read before.
-fn read_bandwidth(pool: &ThreadPool) -> f64 {
-    let data = vec![[1u64; 32]; TURNS_BYTES / 256];
+/// GB/s at which all threads together read that many bytes, which they read before.
+fn read_bandwidth(pool: &ThreadPool, bytes: usize) -> f64 {
+    let data = vec![[1u64; 32]; bytes / 256];
     let parts: Vec<&[[u64; 32]]> = data.chunks(1 << 9).collect();
     let took = median(|| {
         let start = Instant::now();
@@ -106,7 +106,7 @@ fn read_bandwidth(pool: &ThreadPool) -> f64 {
         });
         start.elapsed()
     });
-    TURNS_BYTES as f64 / took.as_secs_f64() / 1e9
+    bytes as f64 / took.as_secs_f64() / 1e9
 }
 
 fn median(mut sample: impl FnMut() -> Duration) -> Duration {
