@@ -6,9 +6,9 @@ use spate_executor::Capacity;
 use spate_scheduler::{AddError, Scheduler, Stats};
 use spate_types::{GenerationRequest, Micros, RequestId};
 
+use crate::EngineConfig;
 use crate::shared::{Command, Shared};
 use crate::stream::{StreamState, TokenStream};
-use crate::EngineConfig;
 
 /// The way to the engine, cheap to clone.
 #[derive(Clone)]

@@ -1,12 +1,12 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_executor::{Executor, ExecutorError, Input, Lane, Ticket};
+use spate_executor::{Executor, ExecutorError, Lane, Ticket};
 use spate_scheduler::Scheduler;
 use spate_types::FinishReason;
 use tokio::sync::mpsc::UnboundedSender;
@@ -64,7 +64,10 @@ impl Runner {
         let reason = match end {
             Ok(Ok(Shutdown)) => None,
             Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => Some(format!("the engine thread panicked: {}", panic_text(&*panic))),
+            Err(panic) => Some(format!(
+                "the engine thread panicked: {}",
+                panic_text(&*panic)
+            )),
         };
         let end = if reason.is_some() {
             FinishReason::Error

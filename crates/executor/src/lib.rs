@@ -12,10 +12,15 @@
 //! - a bad batch is refused whole by [`Executor::submit`] before anything runs.
 
 mod batch;
+pub mod conformance;
+mod contract;
 mod error;
+mod sim;
 
 pub use batch::{Batch, Bind, BlockCopy, Completion, Input, Lane, Row, RowOutput, Ticket};
+pub use contract::Contract;
 pub use error::ExecutorError;
+pub use sim::{SimConfig, SimExecutor};
 
 use std::time::Instant;
 

@@ -1,0 +1,764 @@
+//! What every [`Executor`] must do, as checks that any implementation's tests can run.
+//!
+//! Outputs are compared exactly, log-probabilities included: a sequence's numbers must not depend
+//! on its neighbours, its chunks or its blocks, not even in the last bit. The checks cost about 600
+//! input tokens.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use spate_types::{BlockId, BlockIds, Logprobs, SampledToken, SamplingParams, Slot, TokenId};
+
+use crate::{
+    Batch, Bind, BlockCopy, Capacity, Executor, ExecutorError, Input, Lane, Row, RowOutput, Ticket,
+};
+
+/// Longest sequence used: prompt and output.
+const MAX_LEN: u32 = 48;
+/// Output tokens that are compared.
+const OUTPUT: usize = 5;
+/// Far beyond what any step takes.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Runs all checks, on as few executors as possible: making one may load a model.
+///
+/// # Panics
+/// With a message that names the broken promise; and if the capacity is too small to test with.
+pub fn run(make: &mut dyn FnMut() -> Box<dyn Executor>) {
+    let mut rig = Rig::new(make());
+    rig.completes_in_order();
+    rig.refuses_bad_batches();
+    let expected: Vec<Vec<SampledToken>> = (0..3)
+        .map(|which| rig.alone(&rig.job(which, 0, 0)))
+        .collect();
+    rig.ignores_neighbours(&expected);
+    rig.ignores_chunking(&expected);
+    rig.ignores_placement(&expected);
+    rig.reads_what_others_computed(&expected);
+    rig.copies_before_rows(&expected);
+    rig.takes_last_for_the_sampled_token(&expected);
+    rig.recomputes_after_preemption(&expected);
+    rig.forgets_at_bind_and_release(&expected);
+    rig.draws_by_seed(&expected);
+    rig.reports_prompt_logprobs();
+    if rig.capacity.lanes.contains(&Lane::Prefill) {
+        rig.hands_over_between_lanes(&expected);
+    }
+    // A second executor: nothing may depend on what this one went through.
+    let mut fresh = Rig::new(make());
+    let job = fresh.job(0, 0, 0);
+    assert_eq!(
+        fresh.alone(&job),
+        expected[0],
+        "a fresh executor gives other outputs"
+    );
+}
+
+/// A sequence to run: what, in which slot, in which blocks.
+#[derive(Clone)]
+struct Job {
+    bind: Bind,
+    slot: Slot,
+    blocks: BlockIds,
+}
+
+impl Job {
+    fn prompt_len(&self) -> u32 {
+        self.bind.prompt.len() as u32
+    }
+
+    /// Computes prompt positions `start .. end`; samples if that is all of it.
+    fn prompt_row(&self, start: u32, end: u32, bind: bool) -> Row {
+        Row {
+            slot: self.slot,
+            bind: bind.then(|| self.bind.clone()),
+            start,
+            input: Input::Tokens(self.bind.prompt[start as usize..end as usize].to_vec()),
+            blocks: Arc::clone(&self.blocks),
+            sample: end == self.prompt_len(),
+            prompt_logprobs: false,
+        }
+    }
+
+    /// Computes the output token at `position` to get the next.
+    fn decode_row(&self, position: u32, input: Input) -> Row {
+        Row {
+            start: position,
+            input,
+            sample: true,
+            ..self.prompt_row(0, 1, false)
+        }
+    }
+}
+
+struct Rig {
+    executor: Box<dyn Executor>,
+    capacity: Capacity,
+    /// Blocks of one sequence.
+    width: u32,
+}
+
+impl Rig {
+    fn new(executor: Box<dyn Executor>) -> Self {
+        let capacity = executor.capacity().clone();
+        let width = MAX_LEN.div_ceil(capacity.block_size);
+        assert!(
+            capacity.slots >= 3
+                && capacity.blocks >= 3 * width
+                && capacity.max_batch_tokens >= 2 * MAX_LEN
+                && capacity.max_seq_len >= MAX_LEN
+                && capacity.lanes.contains(&Lane::Main),
+            "conformance needs 3 slots, {} blocks, {} batch tokens, sequences of {MAX_LEN} and the \
+             main lane; it got {capacity:?}",
+            3 * width,
+            2 * MAX_LEN,
+        );
+        Self {
+            executor,
+            capacity,
+            width,
+        }
+    }
+
+    /// One of three jobs: 0 uses every sampling parameter, 1 is greedy, 2 is drawn from a seed. Its
+    /// blocks are one of three areas of the pool.
+    fn job(&self, which: u64, slot: u32, area: u32) -> Job {
+        let plain = SamplingParams {
+            logprobs: Some(3),
+            ..SamplingParams::default()
+        };
+        let (length, sampling) = match which {
+            0 => {
+                let shaped = SamplingParams {
+                    temperature: 0.8,
+                    top_k: 40,
+                    top_p: 0.95,
+                    min_p: 0.01,
+                    repetition_penalty: 1.3,
+                    presence_penalty: 0.5,
+                    frequency_penalty: 0.25,
+                    logit_bias: vec![(1, 2.0)],
+                    min_tokens: 3,
+                    min_tokens_banned: vec![2],
+                    ..plain
+                };
+                (37, shaped)
+            }
+            1 => (23, plain),
+            _ => (
+                9,
+                SamplingParams {
+                    temperature: 1.0,
+                    ..plain
+                },
+            ),
+        };
+        let vocab = u64::from(self.capacity.vocab_size);
+        // Any well-spread ids will do (Knuth's multiplicative hashing).
+        let id = |i: u64| ((which * 97 + i + 1).wrapping_mul(2_654_435_761) % vocab) as TokenId;
+        let first = area * self.width;
+        Job {
+            bind: Bind {
+                prompt: (0..length).map(id).collect(),
+                sampling: Arc::new(sampling),
+                seed: 11 + which,
+            },
+            slot: Slot(slot),
+            blocks: Arc::new((first..first + self.width).map(BlockId).collect()),
+        }
+    }
+
+    fn submit(&mut self, lane: Lane, batch: Batch) -> Ticket {
+        self.executor
+            .submit(lane, batch)
+            .expect("a sound batch is accepted")
+    }
+
+    fn wait(&mut self, ticket: Ticket, rows: usize) -> Vec<RowOutput> {
+        let deadline = Instant::now() + PATIENCE;
+        let completion = self.executor.wait(deadline).expect("the executor works");
+        let completion = completion.expect("a step completes in time");
+        assert_eq!(
+            completion.ticket, ticket,
+            "steps complete in order of submission"
+        );
+        assert_eq!(completion.outputs.len(), rows, "one output per row");
+        completion.outputs
+    }
+
+    fn step_on(&mut self, lane: Lane, batch: Batch) -> Vec<RowOutput> {
+        let rows = batch.rows.len();
+        let ticket = self.submit(lane, batch);
+        self.wait(ticket, rows)
+    }
+
+    fn step(&mut self, rows: Vec<Row>) -> Vec<RowOutput> {
+        self.step_on(
+            Lane::Main,
+            Batch {
+                copies: Vec::new(),
+                rows,
+            },
+        )
+    }
+
+    /// Appends decoded tokens to `output`, whose first came with the prompt's last row, until it
+    /// has `OUTPUT`.
+    fn decode(&mut self, job: &Job, output: &mut Vec<SampledToken>) {
+        while output.len() < OUTPUT {
+            let position = job.prompt_len() + output.len() as u32 - 1;
+            let row = job.decode_row(position, Input::Last);
+            output.push(sampled(&self.step(vec![row])[0]));
+        }
+    }
+
+    /// The job by itself, its prompt in one piece.
+    fn alone(&mut self, job: &Job) -> Vec<SampledToken> {
+        let outputs = self.step(vec![job.prompt_row(0, job.prompt_len(), true)]);
+        let mut output = vec![sampled(&outputs[0])];
+        self.decode(job, &mut output);
+        output
+    }
+
+    fn completes_in_order(&mut self) {
+        let soon = Instant::now() + Duration::from_millis(20);
+        let nothing = self.executor.wait(soon).expect("the executor works");
+        assert!(
+            nothing.is_none(),
+            "nothing was submitted, yet something completed"
+        );
+
+        let job = self.job(1, 0, 0);
+        let len = job.prompt_len();
+        let mut tickets = Vec::new();
+        for i in 0..self.capacity.depth {
+            let row = match i {
+                0 => job.prompt_row(0, len, true),
+                _ => job.decode_row(len + i - 1, Input::Last),
+            };
+            tickets.push(self.submit(
+                Lane::Main,
+                Batch {
+                    copies: Vec::new(),
+                    rows: vec![row],
+                },
+            ));
+        }
+        assert!(tickets.is_sorted_by(|a, b| a < b), "tickets ascend");
+        let extra = job.decode_row(len + self.capacity.depth - 1, Input::Last);
+        self.refused("more batches than the depth", vec![extra]);
+        let outputs: Vec<SampledToken> = tickets
+            .into_iter()
+            .map(|ticket| sampled(&self.wait(ticket, 1)[0]))
+            .collect();
+        let alone = self.alone(&job);
+        let same = alone.len().min(outputs.len());
+        assert_eq!(
+            outputs[..same],
+            alone[..same],
+            "steps in flight together give other outputs"
+        );
+    }
+
+    fn ignores_neighbours(&mut self, expected: &[Vec<SampledToken>]) {
+        let jobs = [self.job(0, 0, 0), self.job(1, 1, 1), self.job(2, 2, 2)];
+        let mut outputs: [Vec<SampledToken>; 3] = Default::default();
+        // Whole prompts and chunks, prefill and decode, in all combinations over the steps.
+        let (b, c) = (jobs[1].prompt_len(), jobs[2].prompt_len());
+        let first = vec![
+            jobs[0].prompt_row(0, jobs[0].prompt_len(), true),
+            jobs[1].prompt_row(0, 10, true),
+        ];
+        outputs[0].push(sampled(&self.step(first)[0]));
+        let second = vec![
+            jobs[2].prompt_row(0, c, true),
+            jobs[1].prompt_row(10, b, false),
+            jobs[0].decode_row(jobs[0].prompt_len(), Input::Last),
+        ];
+        for (which, output) in [2, 1, 0].into_iter().zip(self.step(second)) {
+            outputs[which].push(sampled(&output));
+        }
+        while outputs.iter().any(|output| output.len() < OUTPUT) {
+            let live: Vec<usize> = (0..3).filter(|&i| outputs[i].len() < OUTPUT).collect();
+            let row = |&i: &usize| {
+                let position = jobs[i].prompt_len() + outputs[i].len() as u32 - 1;
+                jobs[i].decode_row(position, Input::Last)
+            };
+            let rows = live.iter().map(row).collect();
+            for (which, output) in live.into_iter().zip(self.step(rows)) {
+                outputs[which].push(sampled(&output));
+            }
+        }
+        assert_eq!(
+            outputs[..],
+            *expected,
+            "neighbours in the batch change a sequence's output"
+        );
+    }
+
+    fn ignores_chunking(&mut self, expected: &[Vec<SampledToken>]) {
+        let job = self.job(0, 1, 1);
+        let cuts = [0, 1, 8, 24, job.prompt_len()];
+        let mut output = Vec::new();
+        for (i, cut) in cuts.windows(2).enumerate() {
+            let outputs = self.step(vec![job.prompt_row(cut[0], cut[1], i == 0)]);
+            output.extend(outputs[0].sampled.clone());
+        }
+        self.decode(&job, &mut output);
+        assert_eq!(
+            output, expected[0],
+            "cutting a prompt into chunks changes its output"
+        );
+    }
+
+    fn ignores_placement(&mut self, expected: &[Vec<SampledToken>]) {
+        let mut job = self.job(1, 2, 0);
+        // Backwards through the pool, with gaps.
+        let spread = (0..self.width).rev().map(|i| BlockId(3 * i + 1)).collect();
+        job.blocks = Arc::new(spread);
+        assert_eq!(
+            self.alone(&job),
+            expected[1],
+            "the place of its blocks changes the output"
+        );
+    }
+
+    fn reads_what_others_computed(&mut self, expected: &[Vec<SampledToken>]) {
+        let owner = self.job(0, 0, 0);
+        self.alone(&owner);
+        // Another sequence begins with the owner's full blocks, and computes the rest.
+        let mut job = self.job(0, 1, 1);
+        let shared = (job.prompt_len() - 1) / self.capacity.block_size;
+        Arc::make_mut(&mut job.blocks)[..shared as usize]
+            .copy_from_slice(&owner.blocks[..shared as usize]);
+        let start = shared * self.capacity.block_size;
+        let outputs = self.step(vec![job.prompt_row(start, job.prompt_len(), true)]);
+        let mut output = vec![sampled(&outputs[0])];
+        self.decode(&job, &mut output);
+        assert_eq!(
+            output, expected[0],
+            "a prefix computed by another sequence changes the output"
+        );
+    }
+
+    fn copies_before_rows(&mut self, expected: &[Vec<SampledToken>]) {
+        let owner = self.job(0, 0, 0);
+        self.alone(&owner);
+        let job = self.job(0, 2, 2);
+        let pairs = owner.blocks.iter().zip(job.blocks.iter());
+        let copies = pairs.map(|(&src, &dst)| BlockCopy { src, dst }).collect();
+        // The owner's slot starts something new over the source blocks in the same batch.
+        let other = self.job(2, 0, 0);
+        let rows = vec![
+            other.prompt_row(0, other.prompt_len(), true),
+            job.prompt_row(job.prompt_len() - 1, job.prompt_len(), true),
+        ];
+        let outputs = self.step_on(Lane::Main, Batch { copies, rows });
+        let mut output = vec![sampled(&outputs[1])];
+        self.decode(&job, &mut output);
+        assert_eq!(
+            output, expected[0],
+            "block copies must run, whole, before any row"
+        );
+    }
+
+    fn takes_last_for_the_sampled_token(&mut self, expected: &[Vec<SampledToken>]) {
+        let job = self.job(2, 0, 0);
+        let len = job.prompt_len();
+        let outputs = self.step(vec![job.prompt_row(0, len, true)]);
+        let mut output = vec![sampled(&outputs[0])];
+        for position in len..len + OUTPUT as u32 - 1 {
+            let token = output[output.len() - 1].token;
+            let row = job.decode_row(position, Input::Tokens(vec![token]));
+            output.push(sampled(&self.step(vec![row])[0]));
+        }
+        assert_eq!(
+            output, expected[2],
+            "Input::Last and the token it stands for differ"
+        );
+    }
+
+    fn recomputes_after_preemption(&mut self, expected: &[Vec<SampledToken>]) {
+        let job = self.job(0, 1, 1);
+        let before = 3;
+        let outputs = self.step(vec![job.prompt_row(0, job.prompt_len(), true)]);
+        let mut output = vec![sampled(&outputs[0])];
+        while output.len() < before {
+            let position = job.prompt_len() + output.len() as u32 - 1;
+            let row = job.decode_row(position, Input::Last);
+            output.push(sampled(&self.step(vec![row])[0]));
+        }
+        // Its blocks went; it comes back elsewhere, in the same slot, without a bind.
+        let back = Job {
+            blocks: self.job(0, 1, 2).blocks,
+            ..job
+        };
+        let mut tokens = back.bind.prompt.to_vec();
+        tokens.extend(output.iter().map(|sampled| sampled.token));
+        let row = back.decode_row(0, Input::Tokens(tokens));
+        output.push(sampled(&self.step(vec![row])[0]));
+        self.decode(&back, &mut output);
+        assert_eq!(
+            output, expected[0],
+            "preemption and recomputation change the output"
+        );
+    }
+
+    fn forgets_at_bind_and_release(&mut self, expected: &[Vec<SampledToken>]) {
+        let shaped = self.job(0, 0, 0);
+        let plain = self.job(1, 0, 1);
+        self.alone(&shaped);
+        assert_eq!(
+            self.alone(&plain),
+            expected[1],
+            "a bind leaves state of the slot's last user"
+        );
+        self.step(vec![shaped.prompt_row(0, shaped.prompt_len(), true)]);
+        self.executor.release(shaped.slot);
+        self.refused(
+            "a released slot without a bind",
+            vec![plain.prompt_row(0, 4, false)],
+        );
+        let output = self.alone(&self.job(2, 0, 1));
+        assert_eq!(
+            output, expected[2],
+            "a release leaves state of the slot's last user"
+        );
+    }
+
+    fn draws_by_seed(&mut self, expected: &[Vec<SampledToken>]) {
+        let mut job = self.job(2, 1, 2);
+        assert_eq!(
+            self.alone(&job),
+            expected[2],
+            "the same seed gives other tokens"
+        );
+        let differs = (100..104).any(|seed| {
+            job.bind.seed = seed;
+            self.alone(&job) != expected[2]
+        });
+        assert!(differs, "the seed has no effect");
+    }
+
+    fn reports_prompt_logprobs(&mut self) {
+        let mut job = self.job(1, 0, 0);
+        let with = SamplingParams {
+            prompt_logprobs: Some(2),
+            ..(*job.bind.sampling).clone()
+        };
+        job.bind.sampling = Arc::new(with);
+        let len = job.prompt_len();
+        let mut report = |cuts: &[u32]| -> Vec<Logprobs> {
+            let chunks = cuts.windows(2).map(|cut| Row {
+                prompt_logprobs: true,
+                ..job.prompt_row(cut[0], cut[1], cut[0] == 0)
+            });
+            chunks
+                .flat_map(|row| self.step(vec![row]).remove(0).prompt_logprobs)
+                .collect()
+        };
+        let whole = report(&[0, len]);
+        let tokens: Vec<TokenId> = whole.iter().map(|logprobs| logprobs.token).collect();
+        assert_eq!(
+            tokens,
+            job.bind.prompt[1..],
+            "one entry for each prompt token but the first"
+        );
+        for logprobs in &whole {
+            assert!(
+                logprobs.logprob <= 0.0 && logprobs.rank >= 1,
+                "{logprobs:?}: impossible"
+            );
+            let top = &logprobs.top;
+            assert_eq!(
+                top.len(),
+                2,
+                "{logprobs:?}: as many alternatives as were asked for"
+            );
+            assert!(
+                top[0].1 >= top[1].1,
+                "{logprobs:?}: alternatives come best first"
+            );
+        }
+        assert_eq!(
+            report(&[0, 1, 12, len]),
+            whole,
+            "chunks change the prompt's logprobs"
+        );
+    }
+
+    fn hands_over_between_lanes(&mut self, expected: &[Vec<SampledToken>]) {
+        let job = self.job(0, 0, 0);
+        let rows = vec![job.prompt_row(0, job.prompt_len(), true)];
+        let outputs = self.step_on(
+            Lane::Prefill,
+            Batch {
+                copies: Vec::new(),
+                rows,
+            },
+        );
+        let mut output = vec![sampled(&outputs[0])];
+        self.decode(&job, &mut output);
+        assert_eq!(
+            output, expected[0],
+            "the lane of the prefill changes the output"
+        );
+    }
+
+    fn refused(&mut self, what: &str, rows: Vec<Row>) {
+        self.refused_batch(
+            what,
+            Batch {
+                copies: Vec::new(),
+                rows,
+            },
+        );
+    }
+
+    fn refused_batch(&mut self, what: &str, batch: Batch) {
+        let result = self.executor.submit(Lane::Main, batch);
+        assert!(
+            matches!(result, Err(ExecutorError::Rejected(_))),
+            "{what}: must be rejected, got {result:?}"
+        );
+    }
+
+    /// Each batch has a good row first: nothing of it may run.
+    fn refuses_bad_batches(&mut self) {
+        let good = self.job(1, 0, 0);
+        let alone = self.alone(&good);
+        let first = self.step(vec![good.prompt_row(0, good.prompt_len(), true)]);
+        let next = || good.decode_row(good.prompt_len(), Input::Last);
+        let job = self.job(2, 1, 1);
+        let row = job.prompt_row(0, job.prompt_len(), true);
+        let Capacity {
+            slots,
+            blocks,
+            vocab_size,
+            max_seq_len,
+            ..
+        } = self.capacity;
+        let bound_with = |sampling: SamplingParams| {
+            Some(Bind {
+                sampling: Arc::new(sampling),
+                ..job.bind.clone()
+            })
+        };
+
+        let bad_rows = [
+            (
+                "a slot out of range",
+                Row {
+                    slot: Slot(slots),
+                    ..row.clone()
+                },
+            ),
+            (
+                "a slot twice",
+                Row {
+                    slot: good.slot,
+                    ..row.clone()
+                },
+            ),
+            (
+                "a first row without a bind",
+                Row {
+                    bind: None,
+                    ..row.clone()
+                },
+            ),
+            (
+                "no input",
+                Row {
+                    input: Input::Tokens(Vec::new()),
+                    ..row.clone()
+                },
+            ),
+            (
+                "an input id out of the vocabulary",
+                Row {
+                    input: Input::Tokens(vec![vocab_size]),
+                    ..row.clone()
+                },
+            ),
+            (
+                "Input::Last before a sample",
+                Row {
+                    input: Input::Last,
+                    ..row.clone()
+                },
+            ),
+            (
+                "a position past the longest sequence",
+                Row {
+                    start: max_seq_len,
+                    ..row.clone()
+                },
+            ),
+            (
+                "a position that overflows",
+                Row {
+                    start: u32::MAX,
+                    ..row.clone()
+                },
+            ),
+            (
+                "too few blocks",
+                Row {
+                    blocks: Arc::new(Vec::new()),
+                    ..row.clone()
+                },
+            ),
+            (
+                "a block out of range",
+                Row {
+                    blocks: Arc::new(vec![BlockId(blocks); self.width as usize]),
+                    ..row.clone()
+                },
+            ),
+            (
+                "a block that another row writes",
+                // Both write the block of the good row's next position.
+                Row {
+                    blocks: Arc::clone(&good.blocks),
+                    ..job.prompt_row_at(good.prompt_len())
+                },
+            ),
+            (
+                "an empty prompt",
+                Row {
+                    bind: Some(Bind {
+                        prompt: Arc::new([]),
+                        ..job.bind.clone()
+                    }),
+                    ..row.clone()
+                },
+            ),
+            (
+                "a prompt id out of the vocabulary",
+                Row {
+                    bind: Some(Bind {
+                        prompt: Arc::new([vocab_size]),
+                        ..job.bind.clone()
+                    }),
+                    ..row.clone()
+                },
+            ),
+            (
+                "a logit_bias id out of the vocabulary",
+                Row {
+                    bind: bound_with(SamplingParams {
+                        logit_bias: vec![(vocab_size, 1.0)],
+                        ..SamplingParams::default()
+                    }),
+                    ..row.clone()
+                },
+            ),
+            (
+                "a banned id out of the vocabulary",
+                Row {
+                    bind: bound_with(SamplingParams {
+                        min_tokens_banned: vec![vocab_size],
+                        ..SamplingParams::default()
+                    }),
+                    ..row.clone()
+                },
+            ),
+        ];
+        self.refused("no rows", Vec::new());
+        for (what, bad) in bad_rows {
+            self.refused(what, vec![next(), bad]);
+        }
+        self.refuses_bad_copies(&next());
+        self.refuses_too_many_tokens(&next());
+        if !self.capacity.lanes.contains(&Lane::Prefill) {
+            let batch = Batch {
+                copies: Vec::new(),
+                rows: vec![next()],
+            };
+            let result = self.executor.submit(Lane::Prefill, batch);
+            assert!(
+                matches!(result, Err(ExecutorError::Rejected(_))),
+                "an unknown lane"
+            );
+        }
+
+        let mut output = vec![sampled(&first[0])];
+        self.decode(&good, &mut output);
+        assert_eq!(output, alone, "something of a rejected batch ran");
+    }
+
+    fn refuses_bad_copies(&mut self, good: &Row) {
+        let copy = |src: u32, dst: u32| BlockCopy {
+            src: BlockId(src),
+            dst: BlockId(dst),
+        };
+        let (last, beyond) = (self.capacity.blocks - 1, self.capacity.blocks);
+        let bad = [
+            ("a copy from out of range", vec![copy(beyond, last)]),
+            ("a copy to out of range", vec![copy(last, beyond)]),
+            ("a copy onto itself", vec![copy(last, last)]),
+            (
+                "two copies to one block",
+                vec![copy(last - 1, last), copy(last - 2, last)],
+            ),
+            (
+                "a copy of a copy",
+                vec![copy(last - 2, last - 1), copy(last - 1, last)],
+            ),
+        ];
+        for (what, copies) in bad {
+            self.refused_batch(
+                what,
+                Batch {
+                    copies,
+                    rows: vec![good.clone()],
+                },
+            );
+        }
+    }
+
+    fn refuses_too_many_tokens(&mut self, good: &Row) {
+        // Only if one row can hold them all.
+        let len = self.capacity.max_batch_tokens;
+        let width = len.div_ceil(self.capacity.block_size);
+        if len > self.capacity.max_seq_len || 2 * width > self.capacity.blocks {
+            return;
+        }
+        let blocks = (self.capacity.blocks - width..self.capacity.blocks)
+            .map(BlockId)
+            .collect();
+        let big = Row {
+            input: Input::Tokens(vec![0; len as usize]),
+            blocks: Arc::new(blocks),
+            ..self.job(2, 1, 1).prompt_row(0, 1, true)
+        };
+        self.refused("more tokens than a batch may have", vec![good.clone(), big]);
+    }
+}
+
+impl Job {
+    /// The first prompt token, put at `position`.
+    fn prompt_row_at(&self, position: u32) -> Row {
+        Row {
+            start: position,
+            ..self.prompt_row(0, 1, true)
+        }
+    }
+}
+
+fn sampled(output: &RowOutput) -> SampledToken {
+    assert!(!output.failed, "a row failed");
+    let sampled = output.sampled.clone().expect("the row asked for a sample");
+    let logprobs = sampled
+        .logprobs
+        .as_ref()
+        .expect("the job asked for logprobs");
+    assert_eq!(logprobs.token, sampled.token, "logprobs of another token");
+    assert_eq!(
+        logprobs.top.len(),
+        3,
+        "as many alternatives as were asked for"
+    );
+    sampled
+}

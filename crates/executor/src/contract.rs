@@ -1,0 +1,228 @@
+use std::collections::{HashSet, VecDeque};
+
+use spate_types::{BlockId, Slot, TokenId};
+
+use crate::{Batch, Bind, Capacity, ExecutorError, Input, Lane, Row};
+
+/// Checks batches against the rules of the contract, in order of submission. Implementations keep
+/// one, so that all of them refuse the same things with the same words.
+#[derive(Debug)]
+pub struct Contract {
+    capacity: Capacity,
+    slots: Vec<SlotState>,
+    /// Slots named by each batch in flight, oldest first, per lane.
+    in_flight: [VecDeque<Vec<Slot>>; 2],
+}
+
+/// What submission order says about a slot.
+#[derive(Debug, Clone, Copy, Default)]
+struct SlotState {
+    bound: bool,
+    /// A row that samples was submitted since the bind.
+    sampled: bool,
+    in_flight: u32,
+    lane: Option<Lane>,
+}
+
+impl Contract {
+    /// Nothing bound, nothing in flight.
+    pub fn new(capacity: Capacity) -> Self {
+        let slots = vec![SlotState::default(); capacity.slots as usize];
+        Self {
+            capacity,
+            slots,
+            in_flight: Default::default(),
+        }
+    }
+
+    /// The capacity it checks against.
+    pub fn capacity(&self) -> &Capacity {
+        &self.capacity
+    }
+
+    /// Checks `batch` without accepting it.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Rejected`] if it breaks a rule.
+    pub fn check(&self, lane: Lane, batch: &Batch) -> Result<(), ExecutorError> {
+        self.check_batch(lane, batch)
+            .map_err(ExecutorError::Rejected)
+    }
+
+    /// Accepts `batch` as submitted on `lane`.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Rejected`] if it breaks a rule; then nothing is changed.
+    pub fn submit(&mut self, lane: Lane, batch: &Batch) -> Result<(), ExecutorError> {
+        self.check(lane, batch)?;
+        for row in &batch.rows {
+            let state = &mut self.slots[row.slot.0 as usize];
+            state.bound = true;
+            state.sampled = row.sample || (state.sampled && row.bind.is_none());
+            state.in_flight += 1;
+            state.lane = Some(lane);
+        }
+        let slots = batch.rows.iter().map(|row| row.slot).collect();
+        self.in_flight[lane as usize].push_back(slots);
+        Ok(())
+    }
+
+    /// The oldest batch of `lane` is done.
+    ///
+    /// # Panics
+    /// If none is in flight.
+    pub fn complete(&mut self, lane: Lane) {
+        let slots = self.in_flight[lane as usize]
+            .pop_front()
+            .expect("a batch is in flight");
+        for slot in slots {
+            self.slots[slot.0 as usize].in_flight -= 1;
+        }
+    }
+
+    /// Forgets a slot.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Rejected`] if there is no such slot or a batch in flight names it.
+    pub fn release(&mut self, slot: Slot) -> Result<(), ExecutorError> {
+        let state = self.slots.get_mut(slot.0 as usize);
+        match state.filter(|state| state.in_flight == 0) {
+            Some(state) => *state = SlotState::default(),
+            None => {
+                let what = format!("release of slot {}, which is unknown or in flight", slot.0);
+                return Err(ExecutorError::Rejected(what));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_batch(&self, lane: Lane, batch: &Batch) -> Result<(), String> {
+        let capacity = &self.capacity;
+        if !capacity.lanes.contains(&lane) {
+            return Err(format!("there is no lane {lane:?}"));
+        }
+        if self.in_flight[lane as usize].len() >= capacity.depth as usize {
+            return Err(format!(
+                "{} batches are in flight on {lane:?} already",
+                capacity.depth
+            ));
+        }
+        if batch.rows.is_empty() {
+            return Err("it has no rows".into());
+        }
+        let tokens: usize = batch.rows.iter().map(|row| row.input.len()).sum();
+        if tokens > capacity.max_batch_tokens as usize {
+            return Err(format!(
+                "{tokens} input tokens, most {}",
+                capacity.max_batch_tokens
+            ));
+        }
+        self.check_copies(batch)?;
+        let mut slots = HashSet::new();
+        let mut written = HashSet::new();
+        for row in &batch.rows {
+            if !slots.insert(row.slot) {
+                return Err(format!("slot {} has two rows", row.slot.0));
+            }
+            self.check_row(lane, row)
+                .map_err(|what| format!("slot {}: {what}", row.slot.0))?;
+            for &block in row.writes(capacity.block_size) {
+                if !written.insert(block) {
+                    return Err(format!("block {} is written twice", block.0));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_copies(&self, batch: &Batch) -> Result<(), String> {
+        let sources: HashSet<BlockId> = batch.copies.iter().map(|copy| copy.src).collect();
+        let mut targets = HashSet::new();
+        for copy in &batch.copies {
+            self.check_block(copy.src)?;
+            self.check_block(copy.dst)?;
+            if sources.contains(&copy.dst) || !targets.insert(copy.dst) {
+                return Err(format!(
+                    "block {} is copied to twice, or from and to",
+                    copy.dst.0
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_row(&self, lane: Lane, row: &Row) -> Result<(), String> {
+        let state = self
+            .slots
+            .get(row.slot.0 as usize)
+            .ok_or("there is no such slot")?;
+        if state.in_flight > 0 && state.lane != Some(lane) {
+            return Err("it is in flight on another lane".into());
+        }
+        match &row.bind {
+            Some(bind) => self.check_bind(bind)?,
+            None if !state.bound => return Err("its first row has no bind".into()),
+            None => {}
+        }
+        match &row.input {
+            Input::Tokens(tokens) if tokens.is_empty() => return Err("no input".into()),
+            Input::Tokens(tokens) => self.check_ids(tokens)?,
+            Input::Last if row.bind.is_some() || !state.sampled => {
+                return Err("no token was sampled for it yet".into());
+            }
+            Input::Last => {}
+        }
+        let end = u64::from(row.start) + row.input.len() as u64;
+        if end > u64::from(self.capacity.max_seq_len) {
+            return Err(format!(
+                "position {end} is past {}",
+                self.capacity.max_seq_len
+            ));
+        }
+        if end > row.blocks.len() as u64 * u64::from(self.capacity.block_size) {
+            return Err(format!("its blocks do not cover {end} positions"));
+        }
+        row.blocks
+            .iter()
+            .try_for_each(|&block| self.check_block(block))
+    }
+
+    fn check_bind(&self, bind: &Bind) -> Result<(), String> {
+        if bind.prompt.is_empty() || bind.prompt.len() > self.capacity.max_seq_len as usize {
+            return Err(format!("a prompt of {} tokens", bind.prompt.len()));
+        }
+        self.check_ids(&bind.prompt)?;
+        self.check_ids(&bind.sampling.min_tokens_banned)?;
+        bind.sampling
+            .logit_bias
+            .iter()
+            .try_for_each(|&(id, _)| self.check_ids(&[id]))
+    }
+
+    fn check_ids(&self, ids: &[TokenId]) -> Result<(), String> {
+        match ids.iter().find(|&&id| id >= self.capacity.vocab_size) {
+            Some(id) => Err(format!("token {id} is not in the vocabulary")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_block(&self, block: BlockId) -> Result<(), String> {
+        if block.0 < self.capacity.blocks {
+            Ok(())
+        } else {
+            Err(format!("there is no block {}", block.0))
+        }
+    }
+}
+
+impl Row {
+    /// The blocks that its input positions fall into. The row's blocks must cover them.
+    pub fn writes(&self, block_size: u32) -> &[BlockId] {
+        &self.blocks[(self.start / block_size) as usize..self.end().div_ceil(block_size) as usize]
+    }
+
+    /// The blocks that it reads or writes. The row's blocks must cover them.
+    pub fn touches(&self, block_size: u32) -> &[BlockId] {
+        &self.blocks[..self.end().div_ceil(block_size) as usize]
+    }
+}

@@ -1,0 +1,366 @@
+//! An executor without a model: deterministic, instant, and strict.
+
+mod model;
+
+use std::collections::{HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use spate_types::{BlockId, FinishReason, GenerationRequest, Slot, TokenId};
+
+use crate::{
+    Batch, Bind, Capacity, Completion, Contract, Executor, ExecutorError, Input, Lane, Row,
+    RowOutput, Ticket,
+};
+use model::{Model, mix};
+
+/// How a [`SimExecutor`] behaves.
+#[derive(Debug, Clone)]
+pub struct SimConfig {
+    /// What it says it can hold.
+    pub capacity: Capacity,
+    /// Picks the pretend model, and which lane is faster when two are busy.
+    pub seed: u64,
+    /// Real time that each step takes; zero: a step is done as soon as it is waited for.
+    pub step_time: Duration,
+    /// A row fails (as if its logits were not finite) when this token is anywhere in its sequence.
+    pub fail_token: Option<TokenId>,
+    /// The device is lost after so many steps.
+    pub fatal_after: Option<u64>,
+    /// The device hangs after so many steps: nothing completes any more.
+    pub hang_after: Option<u64>,
+}
+
+impl SimConfig {
+    /// No faults, no delay.
+    pub fn new(capacity: Capacity) -> Self {
+        Self {
+            capacity,
+            seed: 0,
+            step_time: Duration::ZERO,
+            fail_token: None,
+            fatal_after: None,
+            hang_after: None,
+        }
+    }
+}
+
+/// Pretends to run a model, and finds fault with whoever drives it.
+///
+/// Its KV pool holds, per position, the token and a digest of all tokens before it. A row's token is
+/// computed, as attention would, from every position it reads through its block table; so a wrong
+/// block, a stale one, or one overwritten too early changes the output, which
+/// [`reference`](Self::reference) predicts for a sequence alone. Steps run as late as they can, in
+/// [`wait`](Executor::wait), and it is left to chance (seeded) which of two busy lanes is faster.
+///
+/// Of the sampling parameters it knows temperature and seed, `top_k`, `min_tokens` and logprobs;
+/// penalties, `top_p` and `min_p` do nothing. A `logit_bias` of 100 or more forces its token, one of
+/// -100 or less bans it.
+#[derive(Debug)]
+pub struct SimExecutor {
+    config: SimConfig,
+    model: Model,
+    contract: Contract,
+    /// Per block and offset; `None` was never written.
+    cells: Vec<Option<Cell>>,
+    slots: Vec<Option<SlotState>>,
+    queues: [VecDeque<Queued>; 2],
+    submitted: u64,
+    completed: u64,
+    /// Misuse that had no return value to report it.
+    misused: Option<ExecutorError>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Cell {
+    token: TokenId,
+    digest: u64,
+}
+
+#[derive(Debug)]
+struct SlotState {
+    bind: Bind,
+    last: TokenId,
+}
+
+#[derive(Debug)]
+struct Queued {
+    ticket: Ticket,
+    batch: Batch,
+    ready_at: Instant,
+}
+
+impl SimExecutor {
+    /// An executor with an unwritten pool.
+    pub fn new(config: SimConfig) -> Self {
+        let capacity = &config.capacity;
+        Self {
+            model: model(&config),
+            contract: Contract::new(capacity.clone()),
+            cells: vec![None; capacity.blocks as usize * capacity.block_size as usize],
+            slots: (0..capacity.slots).map(|_| None).collect(),
+            queues: Default::default(),
+            submitted: 0,
+            completed: 0,
+            misused: None,
+            config,
+        }
+    }
+
+    /// What sequence `index` of `request` gives when it runs alone and undisturbed, in a context of
+    /// `max_len` tokens.
+    pub fn reference(
+        config: &SimConfig,
+        request: &GenerationRequest,
+        index: u32,
+        max_len: u32,
+    ) -> (Vec<TokenId>, FinishReason) {
+        let model = model(config);
+        let seed = request.sampling.seed.wrapping_add(u64::from(index));
+        let mut history = model.start();
+        let mut failed = false;
+        let mut read = |token: TokenId| {
+            history = model.attend(history, model.digest(history, token));
+            failed |= config.fail_token == Some(token);
+            (history, failed)
+        };
+        let mut state = None;
+        for &token in request.prompt.iter() {
+            state = Some(read(token));
+        }
+        let mut output = Vec::new();
+        let mut position = request.prompt.len() as u32;
+        while let Some((history, failed)) = state {
+            if failed {
+                return (output, FinishReason::Error);
+            }
+            let nth = output.len() as u32;
+            let token = model
+                .sample(history, &request.sampling, seed, position, nth)
+                .token;
+            output.push(token);
+            position += 1;
+            if request.stop.eos_ids.contains(&token) {
+                return (output, FinishReason::Stop(None));
+            }
+            if request.stop.token_ids.contains(&token) {
+                return (output, FinishReason::Stop(Some(token)));
+            }
+            if nth + 1 == request.stop.max_tokens || position == max_len {
+                break;
+            }
+            state = Some(read(token));
+        }
+        (output, FinishReason::Length)
+    }
+
+    /// Refuses what is allowed for each batch alone but unsafe next to what else is running: a row
+    /// must not write what another row of the batch, or anything on the other lane, reads or writes.
+    fn check_hazards(&self, lane: Lane, batch: &Batch) -> Result<(), ExecutorError> {
+        let size = self.config.capacity.block_size;
+        let race = |block: BlockId, with: &str| {
+            Err(ExecutorError::Rejected(format!(
+                "block {} is written next to {with}",
+                block.0
+            )))
+        };
+        for (i, row) in batch.rows.iter().enumerate() {
+            let others = batch.rows.iter().enumerate().filter(|&(j, _)| i != j);
+            let touched: HashSet<_> = others.flat_map(|(_, row)| row.touches(size)).collect();
+            if let Some(&block) = row.writes(size).iter().find(|b| touched.contains(b)) {
+                return race(block, "another row that reads it");
+            }
+        }
+        let (writes, touches) = footprint(batch, size);
+        let other = if lane == Lane::Main {
+            Lane::Prefill
+        } else {
+            Lane::Main
+        };
+        for queued in &self.queues[other as usize] {
+            let (other_writes, other_touches) = footprint(&queued.batch, size);
+            let hit = writes.intersection(&other_touches).next();
+            if let Some(&block) = hit.or_else(|| touches.intersection(&other_writes).next()) {
+                return race(block, "the other lane");
+            }
+        }
+        Ok(())
+    }
+
+    /// The lane whose oldest batch is done next.
+    fn next_lane(&self) -> Option<Lane> {
+        let ready = |lane: Lane| self.queues[lane as usize].front().map(|q| q.ready_at);
+        match (ready(Lane::Main), ready(Lane::Prefill)) {
+            (None, None) => None,
+            (Some(_), None) => Some(Lane::Main),
+            (None, Some(_)) => Some(Lane::Prefill),
+            (Some(main), Some(prefill)) => {
+                let main_first = if self.config.step_time.is_zero() {
+                    mix(self.config.seed ^ self.completed).is_multiple_of(2)
+                } else {
+                    main <= prefill
+                };
+                Some(if main_first {
+                    Lane::Main
+                } else {
+                    Lane::Prefill
+                })
+            }
+        }
+    }
+
+    fn run_batch(&mut self, batch: &Batch) -> Result<Vec<RowOutput>, ExecutorError> {
+        let size = self.config.capacity.block_size as usize;
+        for copy in &batch.copies {
+            let src = copy.src.0 as usize * size;
+            self.cells
+                .copy_within(src..src + size, copy.dst.0 as usize * size);
+        }
+        batch.rows.iter().map(|row| self.run_row(row)).collect()
+    }
+
+    fn run_row(&mut self, row: &Row) -> Result<RowOutput, ExecutorError> {
+        let slot = &mut self.slots[row.slot.0 as usize];
+        if let Some(bind) = &row.bind {
+            *slot = Some(SlotState {
+                bind: bind.clone(),
+                last: 0,
+            });
+        }
+        let SlotState { bind, last } = slot.as_mut().expect("the contract checked the bind");
+        let last_token = [*last];
+        let input = match &row.input {
+            Input::Tokens(tokens) => tokens.as_slice(),
+            Input::Last => &last_token,
+        };
+        let (model, size) = (self.model, self.config.capacity.block_size);
+        let cell = |position: u32| {
+            row.blocks[(position / size) as usize].0 as usize * size as usize
+                + (position % size) as usize
+        };
+
+        let mut output = RowOutput::default();
+        let mut history = model.start();
+        for position in 0..row.start {
+            let read = self.cells[cell(position)].ok_or_else(|| {
+                let slot = row.slot.0;
+                ExecutorError::Fatal(format!(
+                    "slot {slot} reads position {position}: not written"
+                ))
+            })?;
+            history = model.attend(history, read.digest);
+            output.failed |= self.config.fail_token == Some(read.token);
+        }
+        for (position, &token) in (row.start..).zip(input) {
+            let digest = model.digest(history, token);
+            self.cells[cell(position)] = Some(Cell { token, digest });
+            history = model.attend(history, digest);
+            output.failed |= self.config.fail_token == Some(token);
+            if row.prompt_logprobs
+                && let Some(&next) = bind.prompt.get(position as usize + 1)
+            {
+                let top = bind.sampling.prompt_logprobs.unwrap_or(0);
+                output
+                    .prompt_logprobs
+                    .push(model.logprobs(history, next, top));
+            }
+        }
+        if row.sample && !output.failed {
+            let nth = row.end().saturating_sub(bind.prompt.len() as u32);
+            let sampled = model.sample(history, &bind.sampling, bind.seed, row.end(), nth);
+            *last = sampled.token;
+            output.sampled = Some(sampled);
+        }
+        Ok(output)
+    }
+}
+
+impl Executor for SimExecutor {
+    fn capacity(&self) -> &Capacity {
+        &self.config.capacity
+    }
+
+    fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError> {
+        // Hazards are looked for in batches that are sound by themselves.
+        self.contract.check(lane, &batch)?;
+        self.check_hazards(lane, &batch)?;
+        self.contract.submit(lane, &batch)?;
+        let queue = &mut self.queues[lane as usize];
+        let now = Instant::now();
+        let begins = queue.back().map_or(now, |queued| queued.ready_at.max(now));
+        let ticket = Ticket(self.submitted);
+        self.submitted += 1;
+        queue.push_back(Queued {
+            ticket,
+            batch,
+            ready_at: begins + self.config.step_time,
+        });
+        Ok(ticket)
+    }
+
+    fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
+        if let Some(error) = &self.misused {
+            return Err(error.clone());
+        }
+        if self
+            .config
+            .fatal_after
+            .is_some_and(|steps| self.completed >= steps)
+        {
+            return Err(ExecutorError::Fatal("the simulated device was lost".into()));
+        }
+        let Some(lane) = self.next_lane() else {
+            return Ok(None);
+        };
+        let hangs = self
+            .config
+            .hang_after
+            .is_some_and(|steps| self.completed >= steps);
+        let queue = &mut self.queues[lane as usize];
+        let ready_at = queue.front().expect("next_lane saw one").ready_at;
+        let until = if hangs {
+            deadline
+        } else {
+            ready_at.min(deadline)
+        };
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        if hangs || ready_at > deadline {
+            return Ok(None);
+        }
+        let Queued { ticket, batch, .. } = queue.pop_front().expect("next_lane saw one");
+        let outputs = self.run_batch(&batch)?;
+        self.contract.complete(lane);
+        self.completed += 1;
+        Ok(Some(Completion {
+            ticket,
+            outputs,
+            busy: self.config.step_time,
+        }))
+    }
+
+    fn release(&mut self, slot: Slot) {
+        match self.contract.release(slot) {
+            Ok(()) => self.slots[slot.0 as usize] = None,
+            Err(error) => self.misused = Some(ExecutorError::Fatal(error.to_string())),
+        }
+    }
+}
+
+fn model(config: &SimConfig) -> Model {
+    Model {
+        seed: config.seed,
+        vocab_size: config.capacity.vocab_size,
+    }
+}
+
+/// The blocks that a batch writes, and those that it reads or writes.
+fn footprint(batch: &Batch, block_size: u32) -> (HashSet<BlockId>, HashSet<BlockId>) {
+    let rows = &batch.rows;
+    let copied_to = batch.copies.iter().map(|copy| copy.dst);
+    let copied = batch.copies.iter().flat_map(|copy| [copy.src, copy.dst]);
+    let writes = rows.iter().flat_map(|row| row.writes(block_size)).copied();
+    let touches = rows.iter().flat_map(|row| row.touches(block_size)).copied();
+    (
+        writes.chain(copied_to).collect(),
+        touches.chain(copied).collect(),
+    )
+}
