@@ -91,7 +91,7 @@ fn members(wheel: &Path) -> Result<Vec<Member>> {
     let archive = ZipArchive::new(file).with_context(broken)?;
     let mut members = Vec::new();
     for index in 0..archive.len() {
-        let entry = archive.entry(index).with_context(broken)?;
+        let entry = archive.by_index_data(index).with_context(broken)?;
         let path = entry.name().with_context(broken)?;
         let name = path.rsplit(['/', '\\']).next().unwrap_or_default();
         // A link, and metadata that describes the wheel itself, is never the model.
