@@ -140,7 +140,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     Setting {
         flag: "block-size",
         value: "TOKENS",
-        help: "Tokens in one KV-cache block, a power of two",
+        help: "Tokens in one KV-cache block: 16, 32, 64, 128 or 256",
         is_list: false,
         set: |s, v| set(&mut s.block_size, block_size(v)),
         show: |s| s.block_size.to_string(),
@@ -264,7 +264,7 @@ fn auto<T>(text: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<
 
 fn block_size(text: &str) -> Result<u32, String> {
     match parse_number(text, 1, 256)? as u32 {
-        size if size.is_power_of_two() => Ok(size),
-        size => Err(format!("{size} is not a power of two")),
+        size if size >= 16 && size.is_power_of_two() => Ok(size),
+        size => Err(format!("{size} is not 16, 32, 64, 128 or 256")),
     }
 }

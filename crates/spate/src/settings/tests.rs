@@ -72,7 +72,7 @@ fn a_bad_value_names_the_setting_and_where_it_was_set() {
         "cpu_mode (environment SPATE_CPU_MODE): 'quick' is not one of exact, fast"
     ));
     assert!(error(Some("port = [1]"), &[], &[]).contains("'port' has a value of the wrong type"));
-    assert!(error(None, &[], &[("block-size", "24")]).contains("not a power of two"));
+    assert!(error(None, &[], &[("block-size", "24")]).contains("not 16, 32, 64"));
     assert!(error(None, &[], &[("max-num-seqs", "600")]).contains("max_num_batched_tokens (512)"));
 }
 
