@@ -107,8 +107,12 @@ impl Conversation {
                 "/exit" | "/quit" => return Ok(()),
                 "/help" => eprintln!("{HELP}"),
                 "/reset" => self.messages.clear(),
-                "/system" => self.system = Some(rest.trim().to_owned()).filter(|text| !text.is_empty()),
-                command if command.starts_with('/') => eprintln!("unknown command {command}\n{HELP}"),
+                "/system" => {
+                    self.system = Some(rest.trim().to_owned()).filter(|text| !text.is_empty())
+                }
+                command if command.starts_with('/') => {
+                    eprintln!("unknown command {command}\n{HELP}")
+                }
                 _ => self.ask(line).await?,
             }
         }
@@ -116,7 +120,8 @@ impl Conversation {
 
     /// One turn. A request that fails is reported, and the conversation goes on without it.
     async fn ask(&mut self, question: String) -> Result<()> {
-        self.messages.push(json!({"role": "user", "content": question}));
+        self.messages
+            .push(json!({"role": "user", "content": question}));
         let mut answer = Answer::default();
         let outcome = tokio::select! {
             outcome = self.follow(&mut answer) => outcome,
@@ -134,12 +139,16 @@ impl Conversation {
         if let Some(rate) = answer.tokens_per_second() {
             eprintln!("[{} tokens, {rate:.1} tok/s]", answer.tokens);
         }
-        self.messages.push(json!({"role": "assistant", "content": answer.text}));
+        self.messages
+            .push(json!({"role": "assistant", "content": answer.text}));
         Ok(())
     }
 
     async fn follow(&self, answer: &mut Answer) -> Result<()> {
-        let system = self.system.iter().map(|text| json!({"role": "system", "content": text}));
+        let system = self
+            .system
+            .iter()
+            .map(|text| json!({"role": "system", "content": text}));
         let messages: Vec<Value> = system.chain(self.messages.iter().cloned()).collect();
         let body = json!({
             "model": self.model,
@@ -149,7 +158,10 @@ impl Conversation {
             "stream": true,
             "stream_options": {"include_usage": true},
         });
-        let mut stream = self.client.stream("/v1/chat/completions", Bytes::from(body.to_string())).await?;
+        let mut stream = self
+            .client
+            .stream("/v1/chat/completions", Bytes::from(body.to_string()))
+            .await?;
         while let Some(event) = stream.next().await? {
             if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {
                 answer.add(text);
@@ -200,12 +212,14 @@ fn show(text: &str) {
 /// Lines of standard input, read on a thread of its own: a blocked read can't be called off.
 fn stdin_lines() -> Result<mpsc::Receiver<String>> {
     let (sender, lines) = mpsc::channel(1);
-    std::thread::Builder::new().name("stdin".into()).spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if sender.blocking_send(line).is_err() {
-                return;
+    std::thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || {
+            for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+                if sender.blocking_send(line).is_err() {
+                    return;
+                }
             }
-        }
-    })?;
+        })?;
     Ok(lines)
 }

@@ -47,7 +47,11 @@ pub(crate) fn models(args: &ModelsArgs) -> Result<()> {
         Some(ModelsCommand::Remove { name }) => cache.remove(name),
         None | Some(ModelsCommand::List) => {
             let entries = cache.list()?;
-            let width = entries.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
+            let width = entries
+                .iter()
+                .map(|entry| entry.name.len())
+                .max()
+                .unwrap_or(0);
             for entry in entries {
                 println!(
                     "{:width$}  {:>9}  {}  {}",
@@ -65,15 +69,22 @@ pub(crate) fn models(args: &ModelsArgs) -> Result<()> {
 /// `2026-11-23` (UTC), by the civil-from-days algorithm of Howard Hinnant's "chrono-Compatible
 /// Low-Level Date Algorithms" (2013).
 fn date(time: SystemTime) -> String {
-    let since_1970 = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since_1970 = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     // Days since 0000-03-01: years begin in March, so that a leap day ends one.
     let days = (since_1970.as_secs() / 86_400) as i64 + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
     format!("{year:04}-{month:02}-{day:02}")
 }
@@ -92,7 +103,10 @@ mod tests {
             (1_709_251_200, "2024-03-01"),
             (1_798_761_599, "2026-12-31"),
         ] {
-            assert_eq!(date(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)), expected);
+            assert_eq!(
+                date(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)),
+                expected
+            );
         }
     }
 }

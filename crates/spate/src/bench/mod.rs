@@ -67,7 +67,10 @@ const WARMUP_INDEX: u64 = 1 << 40;
 /// Runs the load and prints the table.
 pub(crate) async fn run(args: BenchArgs) -> Result<()> {
     if !(0.0..=1.0).contains(&args.shared_prefix) {
-        bail!("--shared-prefix is a share from 0 to 1, not {}", args.shared_prefix);
+        bail!(
+            "--shared-prefix is a share from 0 to 1, not {}",
+            args.shared_prefix
+        );
     }
     if args.rate.is_some_and(|rate| !(1e-3..=1e6).contains(&rate)) {
         bail!("--rate is a number of requests a second from 0.001 to 1000000");
@@ -86,7 +89,13 @@ pub(crate) async fn run(args: BenchArgs) -> Result<()> {
         seed: args.seed,
     });
 
-    closed_loop(&client, &workload, WARMUP_INDEX..WARMUP_INDEX + args.warmup, args.concurrency).await;
+    closed_loop(
+        &client,
+        &workload,
+        WARMUP_INDEX..WARMUP_INDEX + args.warmup,
+        args.concurrency,
+    )
+    .await;
     let load = match args.rate {
         Some(rate) => format!("{rate} requests/s"),
         None => format!("{} at once", args.concurrency),
@@ -115,7 +124,12 @@ pub(crate) async fn run(args: BenchArgs) -> Result<()> {
     Ok(())
 }
 
-fn write_json(path: &PathBuf, args: &BenchArgs, workload: &Workload, report: &Report) -> Result<()> {
+fn write_json(
+    path: &PathBuf,
+    args: &BenchArgs,
+    workload: &Workload,
+    report: &Report,
+) -> Result<()> {
     let document = json!({
         "url": args.url,
         "model": workload.model,
@@ -216,7 +230,9 @@ fn brings_tokens(event: &Value, so_far: &Sample) -> bool {
     }
     match event["usage"]["completion_tokens"].as_u64() {
         Some(tokens) => tokens > so_far.output_tokens,
-        None => event["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty()),
+        None => event["choices"][0]["text"]
+            .as_str()
+            .is_some_and(|text| !text.is_empty()),
     }
 }
 
@@ -224,7 +240,10 @@ fn read_usage(usage: &Value, sample: &mut Sample) {
     let read = |value: &Value, field: &mut u64| *field = value.as_u64().unwrap_or(*field);
     read(&usage["prompt_tokens"], &mut sample.prompt_tokens);
     read(&usage["completion_tokens"], &mut sample.output_tokens);
-    read(&usage["prompt_tokens_details"]["cached_tokens"], &mut sample.cached_tokens);
+    read(
+        &usage["prompt_tokens_details"]["cached_tokens"],
+        &mut sample.cached_tokens,
+    );
 }
 
 fn summarise(outcomes: Vec<Outcome>, duration: Duration) -> Report {

@@ -76,7 +76,11 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(samples: &[Sample], errors: BTreeMap<String, usize>, duration: Duration) -> Self {
+    pub(crate) fn new(
+        samples: &[Sample],
+        errors: BTreeMap<String, usize>,
+        duration: Duration,
+    ) -> Self {
         let sum = |count: fn(&Sample) -> u64| samples.iter().map(count).sum::<u64>();
         let (prompt_tokens, output_tokens) = (sum(|s| s.prompt_tokens), sum(|s| s.output_tokens));
         let seconds = duration.as_secs_f64();
@@ -176,7 +180,12 @@ mod tests {
             cached_tokens: 16,
             output_tokens: 10,
         };
-        let single = Sample { output_tokens: 1, total: ms(100), gaps: vec![], ..sample.clone() };
+        let single = Sample {
+            output_tokens: 1,
+            total: ms(100),
+            gaps: vec![],
+            ..sample.clone()
+        };
         let report = Report::new(&[sample, single], BTreeMap::new(), ms(2000));
         assert_eq!(report.output_tokens_per_s, 5.5);
         assert_eq!(report.total_tokens_per_s, 35.5);

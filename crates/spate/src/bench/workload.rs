@@ -80,9 +80,10 @@ const TOKEN_IDS: std::ops::RangeInclusive<u32> = 1_000..=29_999;
 
 /// Words that are one token each in common vocabularies, for servers that take no ids.
 const WORDS: [&str; 32] = [
-    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
-    "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
-    "program", "question", "work", "number", "night", "point", "home",
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world",
+    "school", "state", "family", "student", "group", "country", "problem", "hand", "part", "place",
+    "case", "week", "company", "system", "program", "question", "work", "number", "night", "point",
+    "home",
 ];
 
 /// What every request has in common.
@@ -102,7 +103,8 @@ impl Workload {
     /// The body of request number `index`: a function of the seed and the index alone.
     pub(crate) fn body(&self, index: u64) -> Bytes {
         // Streams of different requests must not overlap: each starts from a hashed seed.
-        let mut random = Random::new(Random::new(self.seed ^ index.wrapping_mul(0x2545_f491_4f6c_dd1d)).next());
+        let mut random =
+            Random::new(Random::new(self.seed ^ index.wrapping_mul(0x2545_f491_4f6c_dd1d)).next());
         let prompt_len = random.within(self.prompt_len.min, self.prompt_len.max);
         let output_len = random.within(self.output_len.min, self.output_len.max);
         let shared = (self.shared_prefix * self.prompt_len.mean()) as u32;
@@ -140,7 +142,12 @@ mod tests {
 
     fn prompt(workload: &Workload, index: u64) -> Vec<u64> {
         let body: Value = serde_json::from_slice(&workload.body(index)).unwrap();
-        body["prompt"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
+        body["prompt"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|id| id.as_u64().unwrap())
+            .collect()
     }
 
     fn workload() -> Workload {
@@ -174,7 +181,10 @@ mod tests {
     #[test]
     fn a_seed_repeats_and_another_does_not() {
         assert_eq!(workload().body(3), workload().body(3));
-        let other = Workload { seed: 8, ..workload() };
+        let other = Workload {
+            seed: 8,
+            ..workload()
+        };
         assert_ne!(prompt(&workload(), 3), prompt(&other, 3));
     }
 

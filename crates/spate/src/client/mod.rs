@@ -39,9 +39,13 @@ impl Client {
     /// When the URL is not `http://host[:port][/prefix]`.
     pub(crate) fn new(url: &str, api_key: Option<&str>) -> Result<Self> {
         if url.starts_with("https://") {
-            bail!("{url}: https is not supported here; use http, through a local TLS proxy if need be");
+            bail!(
+                "{url}: https is not supported here; use http, through a local TLS proxy if need be"
+            );
         }
-        let uri: http::Uri = url.parse().with_context(|| format!("'{url}' is not a URL"))?;
+        let uri: http::Uri = url
+            .parse()
+            .with_context(|| format!("'{url}' is not a URL"))?;
         let (Some("http"), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
             bail!("'{url}' is not of the form http://host[:port]");
         };
@@ -62,8 +66,12 @@ impl Client {
     /// GET, the answer as JSON.
     pub(crate) async fn get(&self, path: &str) -> Result<Value> {
         let (response, connection) = self.send(Method::GET, path, Bytes::new()).await?;
-        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
-        let body = body.map_err(|e| anyhow!("the answer broke off: {e}"))?.to_bytes();
+        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES)
+            .collect()
+            .await;
+        let body = body
+            .map_err(|e| anyhow!("the answer broke off: {e}"))?
+            .to_bytes();
         self.give_back(connection);
         serde_json::from_slice(&body).context("the answer is not JSON")
     }
@@ -87,23 +95,35 @@ impl Client {
     pub(crate) async fn first_model(&self) -> Result<String> {
         let models = self.get("/v1/models").await?;
         let name = models["data"][0]["id"].as_str();
-        Ok(name.ok_or_else(|| anyhow!("the server lists no model"))?.to_owned())
+        Ok(name
+            .ok_or_else(|| anyhow!("the server lists no model"))?
+            .to_owned())
     }
 
-    async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<(Response<Incoming>, Connection)> {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(Response<Incoming>, Connection)> {
         let request = || {
             let mut request = Request::builder()
                 .method(&method)
                 .uri(format!("{}{path}", self.prefix))
                 .header(header::HOST, &self.authority)
-                .header(header::USER_AGENT, concat!("spate/", env!("CARGO_PKG_VERSION")));
+                .header(
+                    header::USER_AGENT,
+                    concat!("spate/", env!("CARGO_PKG_VERSION")),
+                );
             if let Some(authorization) = &self.authorization {
                 request = request.header(header::AUTHORIZATION, authorization);
             }
             if method == Method::POST {
                 request = request.header(header::CONTENT_TYPE, "application/json");
             }
-            request.body(Full::new(body.clone())).context("the request can't be built")
+            request
+                .body(Full::new(body.clone()))
+                .context("the request can't be built")
         };
         // A kept connection may have been closed by now: then a fresh one decides.
         if let Some(mut connection) = self.take_idle()
@@ -121,7 +141,10 @@ impl Client {
     async fn connect(&self) -> Result<Connection> {
         let failed = || format!("can't connect to {}", self.authority);
         let connecting = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(&self.authority));
-        let stream = connecting.await.with_context(failed)?.with_context(failed)?;
+        let stream = connecting
+            .await
+            .with_context(failed)?
+            .with_context(failed)?;
         stream.set_nodelay(true)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await.with_context(failed)?;
         // Ends with the connection; its errors reach the request that runs on it.
@@ -130,11 +153,17 @@ impl Client {
     }
 
     fn take_idle(&self) -> Option<Connection> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop()
     }
 
     fn give_back(&self, connection: Connection) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        self.idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(connection);
     }
 }
 
@@ -161,8 +190,13 @@ async fn check(response: Response<Incoming>) -> Result<Response<Incoming>> {
     let body = Limited::new(response.into_body(), 64 << 10).collect().await;
     let body = body.map(|body| body.to_bytes()).unwrap_or_default();
     let parsed: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let message = parsed["error"]["message"].as_str().unwrap_or("no reason given");
-    bail!(Refusal { status, message: message.to_owned() })
+    let message = parsed["error"]["message"]
+        .as_str()
+        .unwrap_or("no reason given");
+    bail!(Refusal {
+        status,
+        message: message.to_owned()
+    })
 }
 
 /// The events of one streamed answer.
@@ -222,9 +256,15 @@ mod tests {
     #[test]
     fn urls() {
         let client = Client::new("http://localhost:8000/v1/", None).unwrap();
-        assert_eq!((client.authority.as_str(), client.prefix.as_str()), ("localhost:8000", ""));
+        assert_eq!(
+            (client.authority.as_str(), client.prefix.as_str()),
+            ("localhost:8000", "")
+        );
         let client = Client::new("http://host/api/v1", None).unwrap();
-        assert_eq!((client.authority.as_str(), client.prefix.as_str()), ("host:80", "/api"));
+        assert_eq!(
+            (client.authority.as_str(), client.prefix.as_str()),
+            ("host:80", "/api")
+        );
         for url in ["https://host", "host:80", "ftp://host", "http://", ""] {
             assert!(Client::new(url, None).is_err(), "{url}");
         }

@@ -65,7 +65,11 @@ mod tests {
                 parser.push(piece).unwrap();
                 events.extend(std::iter::from_fn(|| parser.next_event()));
             }
-            assert_eq!(events, ["{\"a\":\"é\"}", "1\n2", "[DONE]"], "pieces of {size}");
+            assert_eq!(
+                events,
+                ["{\"a\":\"é\"}", "1\n2", "[DONE]"],
+                "pieces of {size}"
+            );
         }
     }
 

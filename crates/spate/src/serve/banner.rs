@@ -43,7 +43,10 @@ impl Banner<'_> {
         let capacity = &summary.capacity;
         let mut text = format!("\nSpate {}\n\n", env!("CARGO_PKG_VERSION"));
         let mut line = |name: &str, value: String| text.push_str(&format!("  {name:<10}{value}\n"));
-        line("model", format!("{} ({})", summary.model, summary.architecture));
+        line(
+            "model",
+            format!("{} ({})", summary.model, summary.architecture),
+        );
         line("file", summary.path.display().to_string());
         line("backend", summary.backend.clone());
         for (i, (part, bytes)) in summary.memory.iter().enumerate() {
@@ -68,7 +71,11 @@ impl Banner<'_> {
         }
         line(
             "address",
-            format!("http://{} (ready in {:.2} s)", self.address, self.startup.as_secs_f32()),
+            format!(
+                "http://{} (ready in {:.2} s)",
+                self.address,
+                self.startup.as_secs_f32()
+            ),
         );
         text.push_str(&format!("\n{}\n\n", self.curl()));
         text
@@ -86,7 +93,9 @@ impl Banner<'_> {
             let words = format!("{key}={value}{}", origin.unwrap_or_default());
             match lines.last_mut() {
                 Some(line) if line.is_empty() => *line = words,
-                Some(line) if line.len() + words.len() + 2 <= WIDTH => *line += &format!("  {words}"),
+                Some(line) if line.len() + words.len() + 2 <= WIDTH => {
+                    *line += &format!("  {words}")
+                }
                 _ => lines.push(words),
             }
         }
@@ -119,6 +128,8 @@ impl Banner<'_> {
         };
         // A shell's single quotes keep everything but themselves.
         let body = body.to_string().replace('\'', "'\\''");
-        format!("curl http://{address}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'")
+        format!(
+            "curl http://{address}/v1/{path}{key} -H 'Content-Type: application/json' -d '{body}'"
+        )
     }
 }

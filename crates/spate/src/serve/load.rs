@@ -58,7 +58,9 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
     let (executor, text) = std::thread::scope(|scope| {
         let text = scope.spawn(|| load_text(&gguf, settings));
         let executor = load_executor(&gguf, settings, app);
-        let text = text.join().unwrap_or_else(|_| bail!("loading the tokenizer crashed"));
+        let text = text
+            .join()
+            .unwrap_or_else(|_| bail!("loading the tokenizer crashed"));
         (executor, text)
     });
     let (executor, (tokenizer, template)) = (executor?, text?);
@@ -99,7 +101,9 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         max_model_len,
         path: resolved.path.clone(),
     };
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let created = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
     let model = ServedModel {
         id,
         aliases: names.collect(),
@@ -185,6 +189,10 @@ fn fingerprint(path: &Path) -> Result<String> {
         hasher.update(&buffer);
     }
     let hash = hasher.finalize();
-    let short: String = hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let short: String = hash
+        .iter()
+        .take(6)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     Ok(format!("spate-{}-{short}", env!("CARGO_PKG_VERSION")))
 }

@@ -27,7 +27,11 @@ pub(crate) fn init(format: LogFormat, level: LogLevel) {
     };
     // Fails only when a subscriber is there already.
     let _second = match is_json {
-        true => builder.json().flatten_event(true).with_ansi(false).try_init(),
+        true => builder
+            .json()
+            .flatten_event(true)
+            .with_ansi(false)
+            .try_init(),
         false => builder.with_target(false).try_init(),
     };
 }

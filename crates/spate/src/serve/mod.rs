@@ -119,7 +119,10 @@ impl Daemon {
         let place = (settings.host.as_str(), settings.port);
         let listener = TcpListener::bind(place).await.with_context(|| {
             let advice = "is another server running there? choose a different --port or --host";
-            format!("can't listen on {}:{}; {advice}", settings.host, settings.port)
+            format!(
+                "can't listen on {}:{}; {advice}",
+                settings.host, settings.port
+            )
         })?;
         let address = listener.local_addr()?;
         let app = App::new(config);
@@ -178,6 +181,9 @@ impl Daemon {
 
     async fn drain(self) -> Result<()> {
         self.stop.send_replace(true);
-        self.server.await.context("the HTTP server crashed")?.map_err(Into::into)
+        self.server
+            .await
+            .context("the HTTP server crashed")?
+            .map_err(Into::into)
     }
 }

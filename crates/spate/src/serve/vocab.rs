@@ -7,12 +7,19 @@ use spate_text::VocabSpec;
 pub(crate) fn vocab_spec(metadata: &Metadata) -> Result<VocabSpec, ModelError> {
     let key = |name: &str| format!("tokenizer.ggml.{name}");
     let text = |name: &str| Ok(metadata.get_str(&key(name))?.map(str::to_owned));
-    let texts = |name: &str| Ok(metadata.get_array_str(&key(name))?.unwrap_or_default().to_vec());
+    let texts = |name: &str| {
+        Ok(metadata
+            .get_array_str(&key(name))?
+            .unwrap_or_default()
+            .to_vec())
+    };
     Ok(VocabSpec {
         model: text("model")?.unwrap_or_default(),
         pre: text("pre")?,
         tokens: texts("tokens")?,
-        token_types: metadata.get_array_i32(&key("token_type"))?.unwrap_or_default(),
+        token_types: metadata
+            .get_array_i32(&key("token_type"))?
+            .unwrap_or_default(),
         scores: metadata.get_array_f32(&key("scores"))?.unwrap_or_default(),
         merges: texts("merges")?,
         bos: metadata.get_u32(&key("bos_token_id"))?,
