@@ -18,15 +18,16 @@ impl Scheduler {
             .pop_front()
             .expect("a step is in flight");
         assert_eq!(step.rows.len(), outputs.len(), "one output per row");
+        // First these: a source of a copy goes before the sequence's other blocks, its parents.
+        for block in step.retired_blocks {
+            self.blocks.release_block(block);
+        }
+        for slot in step.retired_slots {
+            self.slots.release(slot);
+        }
         for (row, output) in step.rows.iter().zip(outputs) {
             self.commit_row(row, output, now);
         }
-        step.retired_blocks
-            .into_iter()
-            .for_each(|block| self.blocks.release_block(block));
-        step.retired_slots
-            .into_iter()
-            .for_each(|slot| self.slots.release(slot));
     }
 
     fn commit_row(&mut self, row: &StepRow, output: RowOutput, now: Micros) {

@@ -13,7 +13,7 @@ use crate::pool::ThreadPool;
 const SPAN: usize = 64;
 
 /// One column of a panel: sixteen weights, one per row.
-pub(super) trait Column: Copy + Send + Sync {
+pub(crate) trait Column: Copy + Send + Sync {
     const ZERO: Self;
     fn set(&mut self, lane: usize, weight: f32);
     fn get(&self, lane: usize) -> f32;
@@ -39,7 +39,7 @@ impl Column for F32x16 {
 
 /// Sixteen float16.
 #[derive(Clone, Copy)]
-pub(super) struct F16x16(Half16);
+pub(crate) struct F16x16(Half16);
 
 impl Column for F16x16 {
     const ZERO: Self = F16x16(Half16([0; PANEL]));
