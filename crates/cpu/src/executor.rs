@@ -4,12 +4,11 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use spate_executor::{
-    Batch, Capacity, Completion, Executor, ExecutorError, Lane, RowOutput, Ticket,
+    Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
 };
 use spate_model::{Gguf, LoadError, ModelConfig, Transformer, Weights, rope_factors};
 use spate_types::Slot;
 
-use crate::gate::Gate;
 use crate::kv::{KvCache, KvPool, KvShape, TILE};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
@@ -53,12 +52,9 @@ pub struct CpuConfig {
 /// Runs a model on the CPU: one step thread, which takes batches in order, and a pool that shares
 /// the work of a step.
 pub struct CpuExecutor {
-    capacity: Capacity,
-    gate: Gate,
+    contract: Contract,
     budget: Vec<(&'static str, u64)>,
     next_ticket: u64,
-    /// Submitted and not yet completed.
-    in_flight: u32,
     /// Dropped to end the thread.
     commands: Option<Sender<Command>>,
     completions: Receiver<Result<Completion, String>>,
@@ -128,11 +124,9 @@ impl CpuExecutor {
             .spawn(move || worker.run(&inbox, &outbox))
             .map_err(CpuError::Thread)?;
         Ok(Self {
-            gate: Gate::new(&capacity),
-            capacity,
+            contract: Contract::new(capacity),
             budget,
             next_ticket: 0,
-            in_flight: 0,
             commands: Some(commands),
             completions,
             thread: Some(thread),
@@ -169,23 +163,14 @@ impl CpuExecutor {
 
 impl Executor for CpuExecutor {
     fn capacity(&self) -> &Capacity {
-        &self.capacity
+        self.contract.capacity()
     }
 
     fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError> {
-        if self.in_flight >= self.capacity.depth {
-            let depth = self.capacity.depth;
-            return Err(ExecutorError::Rejected(format!(
-                "{depth} batches are in flight already"
-            )));
-        }
-        self.gate
-            .admit(&self.capacity, lane, &batch)
-            .map_err(ExecutorError::Rejected)?;
+        self.contract.submit(lane, &batch)?;
         let ticket = Ticket(self.next_ticket);
         self.send(Command::Run(ticket, batch))?;
         self.next_ticket += 1;
-        self.in_flight += 1;
         Ok(ticket)
     }
 
@@ -196,7 +181,7 @@ impl Executor for CpuExecutor {
         let timeout = deadline.saturating_duration_since(Instant::now());
         match self.completions.recv_timeout(timeout) {
             Ok(Ok(completion)) => {
-                self.in_flight -= 1;
+                self.contract.complete(Lane::Main);
                 Ok(Some(completion))
             }
             Ok(Err(why)) => Err(self.fatal(why)),
@@ -208,7 +193,9 @@ impl Executor for CpuExecutor {
     }
 
     fn release(&mut self, slot: Slot) {
-        self.gate.release(slot.0 as usize);
+        if self.contract.release(slot).is_err() {
+            return; // a slot in use keeps what it needs
+        }
         // A lost thread shows itself at the next submit or wait.
         let _ = self.send(Command::Release(slot));
     }

@@ -8,7 +8,6 @@
 mod attention;
 mod error;
 mod executor;
-mod gate;
 mod kv;
 pub mod linear;
 mod math;

@@ -154,6 +154,14 @@ impl Runner {
 }
 
 impl Sequence {
+    pub fn bind(&self) -> Bind {
+        Bind {
+            prompt: self.prompt.clone(),
+            sampling: self.sampling.clone(),
+            seed: self.sampling.seed,
+        }
+    }
+
     pub fn next_row(&self, chunk: usize) -> Row {
         let left = self.prompt.len().saturating_sub(self.done);
         let input = if left > 0 {
@@ -163,11 +171,7 @@ impl Sequence {
         };
         Row {
             slot: self.slot,
-            bind: (self.done == 0).then(|| Bind {
-                prompt: self.prompt.clone(),
-                sampling: self.sampling.clone(),
-                seed: self.sampling.seed,
-            }),
+            bind: (self.done == 0).then(|| self.bind()),
             start: self.done as u32,
             input,
             blocks: self.blocks.clone(),
@@ -176,7 +180,7 @@ impl Sequence {
         }
     }
 
-    fn take(&mut self, output: RowOutput, chunk: usize) {
+    pub fn take(&mut self, output: RowOutput, chunk: usize) {
         let left = self.prompt.len().saturating_sub(self.done);
         self.done += left.clamp(1, chunk);
         self.failed |= output.failed;
