@@ -1,1 +1,23 @@
 //! Model configuration, weight files and the forward pass, written once over a dozen fused operations.
+//!
+//! [`Gguf`] reads a file's header, [`ModelConfig`] says what kind of transformer it holds,
+//! [`Weights::load`] hands the tensors to a backend's [`Loader`], and [`Transformer`] drives the
+//! backend's [`Ops`]. Nothing here knows a device.
+
+mod config;
+mod error;
+mod gguf;
+mod ops;
+pub mod quant;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+mod transformer;
+mod weights;
+
+pub use config::{ARCHITECTURES, Activation, ModelConfig, Rope, RopePairing};
+pub use error::ModelError;
+pub use gguf::{Array, Gguf, Metadata, TensorInfo, Value};
+pub use ops::{Loader, MatrixPart, MatrixSource, Ops};
+pub use quant::GgmlType;
+pub use transformer::Transformer;
+pub use weights::{LayerWeights, LoadError, Weights, rope_factors};

@@ -21,10 +21,17 @@ pub struct SchedulerConfig {
     pub max_batch_tokens: u32,
     /// Most tokens in one sequence, prompt and output.
     pub max_model_len: u32,
-    /// Most sequences waiting; more are refused.
+    /// Most sequences waiting while `max_num_seqs` run; more are refused.
     pub max_waiting: u32,
     /// Share KV blocks between sequences that begin alike.
     pub prefix_caching: bool,
+}
+
+impl SchedulerConfig {
+    /// Most sequences in the scheduler at once, running and waiting.
+    pub fn max_live(&self) -> u32 {
+        self.max_num_seqs.saturating_add(self.max_waiting)
+    }
 }
 
 /// Decides who computes what in the next step, and follows what came of it.
@@ -151,8 +158,8 @@ impl Scheduler {
         if prompt.is_empty() {
             return invalid("the prompt is empty");
         }
-        if request.n == 0 || request.n > config.max_waiting {
-            return invalid("n must be at least 1 and at most the length of the waiting line");
+        if request.n == 0 || request.n > config.max_live() {
+            return invalid("n must be at least 1 and at most what may run and wait together");
         }
         if stop.max_tokens == 0 {
             return invalid("max_tokens must be at least 1");
@@ -202,7 +209,8 @@ impl Scheduler {
         if self.requests.contains_key(&request.id) {
             return Err(AddError::Invalid("a request of this id is live"));
         }
-        if self.num_waiting() + request.n > self.config.max_waiting {
+        let live = self.num_waiting() + self.running.len() as u32;
+        if live + request.n > self.config.max_live() {
             return Err(AddError::QueueFull);
         }
         let request = Arc::new(request);

@@ -1,0 +1,93 @@
+use super::isa::Isa;
+use super::lanes::{Kernel, Lanes};
+use crate::pool::ThreadPool;
+
+/// Columns that share a scale.
+pub(super) const BLOCK: usize = 32;
+
+/// Below this many values the threads cost more than they save.
+const PARALLEL_BLOCKS: usize = 1024;
+
+/// Blocks that a task quantises.
+const TASK_BLOCKS: usize = 256;
+
+/// Smaller values would overflow the reciprocal of the scale; they count as zero.
+const TINY: f32 = 1e-30;
+
+/// 32 activations of one row as `x[i] ≈ scale · q[i]`, with the sums that weights with an offset or
+/// a minimum multiply. One cache line.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(super) struct ActBlock {
+    /// `q` in -127 ..= 127, four to a word, the first in the low byte.
+    pub(super) words: [i32; BLOCK / 4],
+    /// NaN if an activation was not finite: the whole row's results become NaN.
+    pub(super) scale: f32,
+    /// Σ q over columns 0–15, 16–31 and 0–31.
+    pub(super) sum: [i32; 3],
+    /// `scale · sum`.
+    pub(super) scaled_sum: [f32; 3],
+}
+
+/// Quantises `x`, whole blocks, into `out`. Symmetric, to the nearest, ties to even.
+pub(super) fn quantize(isa: Isa, pool: &ThreadPool, x: &[f32], out: &mut [ActBlock]) {
+    let (x, rest) = x.as_chunks::<BLOCK>();
+    assert!(rest.is_empty() && x.len() == out.len());
+    if x.len() < PARALLEL_BLOCKS {
+        isa.run(Quantize { x, out });
+        return;
+    }
+    pool.run_chunks(out, TASK_BLOCKS, |i, out| {
+        isa.run(Quantize {
+            x: &x[i * TASK_BLOCKS..][..out.len()],
+            out,
+        });
+    });
+}
+
+struct Quantize<'a> {
+    x: &'a [[f32; BLOCK]],
+    out: &'a mut [ActBlock],
+}
+
+impl Kernel for Quantize<'_> {
+    /// Left to the compiler to vectorise, for the instruction set that it is inlined into.
+    #[inline(always)]
+    fn run<V: Lanes>(self, _: V) {
+        for (x, out) in self.x.iter().zip(self.out) {
+            quantize_block(x, out);
+        }
+    }
+}
+
+#[inline(always)]
+fn quantize_block(x: &[f32; BLOCK], out: &mut ActBlock) {
+    // As integers, the magnitudes of floats keep their order, infinity and NaN above all others.
+    let mut max = 0;
+    for x in x {
+        max = max.max(x.abs().to_bits());
+    }
+    let max = f32::from_bits(max);
+    let (scale, inverse) = match max {
+        max if !max.is_finite() => (f32::NAN, 0.0),
+        max if max < TINY => (0.0, 0.0),
+        max => (max / 127.0, 127.0 / max),
+    };
+    let mut q = [0i8; BLOCK];
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = (x * inverse).round_ties_even() as i8;
+    }
+    let (first, second) = q.split_at(BLOCK / 2);
+    let first: i32 = first.iter().map(|&q| i32::from(q)).sum();
+    let second: i32 = second.iter().map(|&q| i32::from(q)).sum();
+    for (word, q) in out.words.iter_mut().zip(q.as_chunks::<4>().0) {
+        *word = i32::from_le_bytes(q.map(i8::cast_unsigned));
+    }
+    out.scale = scale;
+    out.sum = [first, second, first + second];
+    out.scaled_sum = [
+        scale * first as f32,
+        scale * second as f32,
+        scale * (first + second) as f32,
+    ];
+}

@@ -1,0 +1,139 @@
+//! Sixteen lanes: the vocabulary that the kernels are written in, once for all instruction sets.
+//!
+//! Every operation is exact or correctly rounded, lane by lane, so a kernel gives the same bits on
+//! every instruction set.
+
+use half::{bf16, f16};
+
+/// Sixteen float32.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct F32x16(pub(crate) [f32; 16]);
+
+/// Sixteen float16 or bfloat16, as bits.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct Half16(pub(crate) [u16; 16]);
+
+/// 64 bytes: four per lane, or eight nibbles per lane.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u8; 64]);
+
+/// An instruction set. A value of the type is the proof that the CPU has it.
+pub(crate) trait Lanes: Copy {
+    /// Sixteen i32.
+    type I: Copy;
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen times four u8.
+    type Q: Copy;
+    /// The most tokens that a kernel should work on at once: what the registers hold.
+    const TOKENS: usize;
+
+    fn splat_i(self, value: i32) -> Self::I;
+    fn bytes(self, line: &Line) -> Self::Q;
+    /// The low and the high nibbles of each byte.
+    fn nibbles(self, line: &Line) -> (Self::Q, Self::Q);
+    /// `acc[l] + Σ_j q[l][j] · x[j]`, where `x` is four i8 (the first in the low byte), none of them
+    /// -128. Without `WIDE` every `q` must be below 128.
+    fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I;
+    fn to_f(self, value: Self::I) -> Self::F;
+
+    fn splat(self, value: f32) -> Self::F;
+    fn load(self, value: &F32x16) -> Self::F;
+    fn load_f16(self, value: &Half16) -> Self::F;
+    fn load_bf16(self, value: &Half16) -> Self::F;
+    fn store(self, value: Self::F) -> F32x16;
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b + c`, rounded once.
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+}
+
+/// Work that is written against [`Lanes`]; mark `run` as `#[inline(always)]`.
+pub(crate) trait Kernel {
+    fn run<V: Lanes>(self, lanes: V);
+}
+
+/// Plain Rust: for CPUs without the instruction sets below, and the reference for their tests.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scalar;
+
+impl Lanes for Scalar {
+    type I = [i32; 16];
+    type F = [f32; 16];
+    type Q = [u8; 64];
+    const TOKENS: usize = 4;
+
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> Self::I {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn bytes(self, line: &Line) -> Self::Q {
+        line.0
+    }
+
+    #[inline(always)]
+    fn nibbles(self, line: &Line) -> (Self::Q, Self::Q) {
+        (line.0.map(|b| b & 0x0f), line.0.map(|b| b >> 4))
+    }
+
+    #[inline(always)]
+    fn dot4<const WIDE: bool>(self, mut acc: Self::I, q: Self::Q, x: i32) -> Self::I {
+        let x = x.to_le_bytes().map(|x| i32::from(x.cast_signed()));
+        for (acc, q) in acc.iter_mut().zip(q.as_chunks::<4>().0) {
+            for (q, x) in q.iter().zip(x) {
+                *acc += i32::from(*q) * x;
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn to_f(self, value: Self::I) -> Self::F {
+        value.map(|v| v as f32)
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn load(self, value: &F32x16) -> Self::F {
+        value.0
+    }
+
+    #[inline(always)]
+    fn load_f16(self, value: &Half16) -> Self::F {
+        value.0.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, value: &Half16) -> Self::F {
+        value.0.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn store(self, value: Self::F) -> F32x16 {
+        F32x16(value)
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|l| a[l] + b[l])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|l| a[l] * b[l])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|l| a[l].mul_add(b[l], c[l]))
+    }
+}

@@ -1,0 +1,248 @@
+//! Matrix products: weights `[rows, cols]` (rows are output features) times activations `[m, cols]`.
+//!
+//! Weights are rearranged at load into panels of sixteen output rows, so that one register holds
+//! one partial sum of each. They stay as they are in the file, 4 or 8 bits wide, and meet
+//! activations that are quantised to 8 bits in blocks of 32 ([`LinearWeight::fast`]), or they are
+//! expanded to float32 ([`LinearWeight::exact`]).
+//!
+//! An output depends on its weights and its token's activations only: the order of its additions is
+//! fixed and written down at the kernels, so neither `m`, nor the other rows, nor the number of
+//! threads or the instruction set change a bit of it.
+
+mod activations;
+mod dense;
+mod isa;
+mod lanes;
+mod packed;
+mod sweep;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use isa::Isa;
+
+use spate_model::quant::{GgmlType, QuantError};
+
+use crate::pool::{Disjoint, ThreadPool};
+use activations::{ActBlock, BLOCK, quantize};
+use dense::{Bf16x16, Dense, F16x16};
+use lanes::F32x16;
+use packed::Packed;
+use sweep::{Sweep, panels};
+
+/// Tasks per thread: enough that a thread that starts late costs little.
+const TASKS: usize = 8;
+
+/// A matrix, ready to be multiplied with.
+pub struct LinearWeight {
+    rows: usize,
+    cols: usize,
+    data: Data,
+}
+
+enum Data {
+    F32(Dense<F32x16>),
+    F16(Dense<F16x16>),
+    Bf16(Dense<Bf16x16>),
+    Packed(Packed),
+}
+
+/// What [`linear`] needs besides its operands; reused from call to call.
+pub struct Scratch {
+    isa: Isa,
+    blocks: Vec<ActBlock>,
+}
+
+impl Scratch {
+    /// Room for `m · cols` activations; more are allocated if a call brings more.
+    pub fn new(m: usize, cols: usize) -> Self {
+        Self::with_isa(Isa::best(), m, cols)
+    }
+
+    /// The same, for one of [`Isa::available`].
+    pub fn with_isa(isa: Isa, m: usize, cols: usize) -> Self {
+        Self {
+            isa,
+            blocks: vec![ActBlock::default(); m * cols.div_ceil(BLOCK)],
+        }
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.blocks)
+    }
+}
+
+impl LinearWeight {
+    /// Expands `bytes`, `[rows, cols]` weights of type `ty` as in a GGUF file, to float32.
+    ///
+    /// # Errors
+    /// If there are no weights, `cols` is not a whole number of blocks or `bytes` has another size than the shape.
+    pub fn exact(
+        ty: GgmlType,
+        (rows, cols): (usize, usize),
+        bytes: &[u8],
+        pool: &ThreadPool,
+    ) -> Result<Self, QuantError> {
+        check_size(ty, (rows, cols), bytes)?;
+        let data = Data::F32(Dense::new(ty, (rows, cols), bytes, pool)?);
+        Ok(Self { rows, cols, data })
+    }
+
+    /// Keeps the weights as wide as they are in the file, or nearly: formats of 5 and 6 bits take 8,
+    /// and groups of 16 have a float16 scale each.
+    ///
+    /// # Errors
+    /// As [`exact`](Self::exact).
+    pub fn fast(
+        ty: GgmlType,
+        (rows, cols): (usize, usize),
+        bytes: &[u8],
+        pool: &ThreadPool,
+    ) -> Result<Self, QuantError> {
+        check_size(ty, (rows, cols), bytes)?;
+        let data = match (ty, ty.scheme()) {
+            (_, Some(scheme)) => Data::Packed(Packed::new(ty, scheme, (rows, cols), bytes, pool)),
+            (GgmlType::F16, _) => Data::F16(Dense::new(ty, (rows, cols), bytes, pool)?),
+            (GgmlType::BF16, _) => Data::Bf16(Dense::new(ty, (rows, cols), bytes, pool)?),
+            _ => Data::F32(Dense::new(ty, (rows, cols), bytes, pool)?),
+        };
+        Ok(Self { rows, cols, data })
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        match &self.data {
+            Data::F32(dense) => dense.bytes(),
+            Data::F16(dense) => dense.bytes(),
+            Data::Bf16(dense) => dense.bytes(),
+            Data::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// One row as float32: what an embedding looks up.
+    ///
+    /// # Panics
+    /// If there is no such row or `out` does not have `cols` elements.
+    pub fn row_to_f32(&self, row: usize, out: &mut [f32]) {
+        assert!(
+            row < self.rows && out.len() == self.cols,
+            "row {row} of {}",
+            self.rows
+        );
+        match &self.data {
+            Data::F32(dense) => dense.row_to_f32(row, out),
+            Data::F16(dense) => dense.row_to_f32(row, out),
+            Data::Bf16(dense) => dense.row_to_f32(row, out),
+            Data::Packed(packed) => packed.row_to_f32(row, out),
+        }
+    }
+
+    fn times(&self, isa: Isa, x: &[f32], blocks: &[ActBlock], sweep: Sweep<'_>) {
+        match &self.data {
+            Data::F32(dense) => dense.times(isa, x, sweep),
+            Data::F16(dense) => dense.times(isa, x, sweep),
+            Data::Bf16(dense) => dense.times(isa, x, sweep),
+            Data::Packed(packed) => packed.times(isa, blocks, sweep),
+        }
+    }
+}
+
+/// `out[i][t, r] = Σ_c weights[i][r, c] · x[t, c]` for several matrices with the same input (query,
+/// key and value; gate and up): the activations are quantised once and the threads start once.
+///
+/// `x` is `[m, cols]`, `outs[i]` is `[m, weights[i].rows()]`.
+///
+/// # Panics
+/// If a shape does not fit.
+pub fn linear(
+    pool: &ThreadPool,
+    weights: &[&LinearWeight],
+    x: &[f32],
+    m: usize,
+    outs: &mut [&mut [f32]],
+    scratch: &mut Scratch,
+) {
+    let Some(first) = weights.first() else { return };
+    let cols = first.cols;
+    assert_eq!(x.len(), m * cols, "activations of [{m}, {cols}]");
+    assert_eq!(weights.len(), outs.len(), "one output per matrix");
+    for (weight, out) in weights.iter().zip(&*outs) {
+        assert_eq!(weight.cols, cols, "matrices with the same input");
+        assert_eq!(
+            out.len(),
+            m * weight.rows,
+            "output of [{m}, {}]",
+            weight.rows
+        );
+    }
+
+    let isa = scratch.isa;
+    let mut blocks: &[ActBlock] = &[];
+    if weights
+        .iter()
+        .any(|weight| matches!(weight.data, Data::Packed(_)))
+    {
+        let count = m * cols / BLOCK;
+        if scratch.blocks.len() < count {
+            scratch.blocks.resize(count, ActBlock::default());
+        }
+        quantize(isa, pool, x, &mut scratch.blocks[..count]);
+        blocks = &scratch.blocks[..count];
+    }
+
+    let outs: Vec<Disjoint<'_, f32>> = outs.iter_mut().map(|out| Disjoint::new(out)).collect();
+    let total: usize = weights.iter().map(|weight| panels(weight.rows)).sum();
+    let tasks = total.min(pool.threads() * TASKS);
+    pool.run(tasks, |task| {
+        // This task's panels, counted through all matrices.
+        let (mut start, mut end) = (task * total / tasks, (task + 1) * total / tasks);
+        for (weight, out) in weights.iter().zip(&outs) {
+            let count = panels(weight.rows);
+            let panels = start.min(count)..end.min(count);
+            if !panels.is_empty() {
+                weight.times(
+                    isa,
+                    x,
+                    blocks,
+                    Sweep {
+                        panels,
+                        m,
+                        rows: weight.rows,
+                        out,
+                    },
+                );
+            }
+            (start, end) = (start.saturating_sub(count), end.saturating_sub(count));
+        }
+    });
+}
+
+fn check_size(ty: GgmlType, (rows, cols): (usize, usize), bytes: &[u8]) -> Result<(), QuantError> {
+    let too_large = QuantError::TooLarge { ty, cols };
+    let weights = rows.checked_mul(cols).ok_or(too_large.clone())?;
+    if weights == 0 {
+        return Err(QuantError::Empty { ty });
+    }
+    let expected = ty.row_bytes(cols)?.checked_mul(rows).ok_or(too_large)?;
+    if expected != bytes.len() {
+        return Err(QuantError::Length {
+            ty,
+            weights,
+            expected,
+            got: bytes.len(),
+        });
+    }
+    Ok(())
+}

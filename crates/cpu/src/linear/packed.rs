@@ -1,0 +1,292 @@
+//! Quantised weights, rearranged so that sixteen output rows fill the lanes of a register.
+
+use std::iter;
+
+use half::f16;
+use spate_model::quant::{GgmlType, Scheme, Unpacked, unpack};
+
+use super::activations::{ActBlock, BLOCK};
+use super::isa::Isa;
+use super::lanes::{Half16, Lanes, Line};
+use super::sweep::{PANEL, Panels, Sweep, panels};
+use crate::pool::ThreadPool;
+
+/// How the weights of a matrix are stored: `scale · (q - offset)`, or `scale · q + min`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Format {
+    /// 4 (`offset` 8) or 8 (`offset` 128).
+    bits: u32,
+    /// Columns that share a scale: 16 or 32.
+    group: usize,
+    /// A minimum instead of the offset.
+    has_min: bool,
+}
+
+/// A matrix in panels of sixteen rows. Row `r` of a panel lives in lane `r`; missing rows of the
+/// last panel are zero.
+///
+/// A group of `group` columns of a panel takes `bits · group / 32` lines. Byte `4 r + j` of line `i`
+/// belongs to row `r` and column `4 i + j`; with 4 bits that is the low nibble, and the high nibble
+/// belongs to the column half a group further. Scales and minima are float16: exact for the formats
+/// whose files hold float16; for the "K" formats the products of block scale and group scale are
+/// rounded to 11 bits, far below the error of the weights themselves.
+pub(super) struct Packed {
+    format: Format,
+    groups: usize,
+    lines: Vec<Line>,
+    scales: Vec<Half16>,
+    mins: Vec<Half16>,
+}
+
+impl Format {
+    fn new(scheme: Scheme) -> Self {
+        let bits = if scheme.bits <= 4 { 4 } else { 8 };
+        Self {
+            bits,
+            group: scheme.group,
+            has_min: scheme.has_min,
+        }
+    }
+
+    const fn lines_per_group(self) -> usize {
+        self.bits as usize * self.group / 32
+    }
+
+    const fn offset(self) -> u8 {
+        match (self.has_min, self.bits) {
+            (true, _) => 0,
+            (false, 4) => 8,
+            (false, _) => 128,
+        }
+    }
+}
+
+impl Packed {
+    /// `bytes` are `rows · cols` weights of the quantised type `ty`, `cols` in whole blocks.
+    pub(super) fn new(
+        ty: GgmlType,
+        scheme: Scheme,
+        (rows, cols): (usize, usize),
+        bytes: &[u8],
+        pool: &ThreadPool,
+    ) -> Self {
+        let format = Format::new(scheme);
+        let groups = cols / format.group;
+        let total = panels(rows) * groups;
+        let zero = Half16([0; PANEL]);
+        let mut packed = Self {
+            format,
+            groups,
+            lines: vec![Line([0; 64]); total * format.lines_per_group()],
+            scales: vec![zero; total],
+            mins: vec![zero; if format.has_min { total } else { 0 }],
+        };
+        let mins = packed
+            .mins
+            .chunks_mut(groups)
+            .chain(iter::repeat_with(Default::default));
+        let mut parts: Vec<PanelMut<'_>> = packed
+            .lines
+            .chunks_mut(groups * format.lines_per_group())
+            .zip(packed.scales.chunks_mut(groups))
+            .zip(mins)
+            .map(|((lines, scales), mins)| PanelMut {
+                lines,
+                scales,
+                mins,
+            })
+            .collect();
+        let row_bytes = bytes.len() / rows;
+        pool.run_chunks(&mut parts, 1, |panel, part| {
+            let rows = bytes
+                .chunks_exact(row_bytes)
+                .skip(panel * PANEL)
+                .take(PANEL);
+            for (lane, row) in rows.enumerate() {
+                part[0].pack_row(format, (ty, scheme), lane, row);
+            }
+        });
+        packed
+    }
+
+    /// Bytes in memory.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&*self.lines) + size_of_val(&*self.scales) + size_of_val(&*self.mins)
+    }
+
+    /// The products of `sweep`'s panels with the activations `x`, `[m, cols / 32]`.
+    pub(super) fn times(&self, isa: Isa, x: &[ActBlock], sweep: Sweep<'_>) {
+        let Format {
+            bits,
+            group,
+            has_min,
+        } = self.format;
+        match (bits, group, has_min) {
+            (4, 32, false) => sweep.run(isa, PackedTimes::<4, 32, false> { weights: self, x }),
+            (4, 32, true) => sweep.run(isa, PackedTimes::<4, 32, true> { weights: self, x }),
+            (4, 16, false) => sweep.run(isa, PackedTimes::<4, 16, false> { weights: self, x }),
+            (4, 16, true) => sweep.run(isa, PackedTimes::<4, 16, true> { weights: self, x }),
+            (8, 32, false) => sweep.run(isa, PackedTimes::<8, 32, false> { weights: self, x }),
+            (8, 32, true) => sweep.run(isa, PackedTimes::<8, 32, true> { weights: self, x }),
+            (8, 16, false) => sweep.run(isa, PackedTimes::<8, 16, false> { weights: self, x }),
+            other => unreachable!("no GGML type has the format {other:?}"),
+        }
+    }
+
+    /// One row as float32.
+    pub(super) fn row_to_f32(&self, row: usize, out: &mut [f32]) {
+        let (panel, lane) = (row / PANEL, row % PANEL);
+        let per_group = self.format.lines_per_group();
+        let offset = f32::from(self.format.offset());
+        for (g, out) in out.chunks_exact_mut(self.format.group).enumerate() {
+            let at = panel * self.groups + g;
+            let scale = f16::from_bits(self.scales[at].0[lane]).to_f32();
+            let min = match self.format.has_min {
+                true => f16::from_bits(self.mins[at].0[lane]).to_f32(),
+                false => 0.0,
+            };
+            let lines = &self.lines[at * per_group..][..per_group];
+            for (c, out) in out.iter_mut().enumerate() {
+                let byte = lines[c / 4 % per_group].0[4 * lane + c % 4];
+                let q = match (self.format.bits, c / 4 < per_group) {
+                    (8, _) => byte,
+                    (_, true) => byte & 0x0f,
+                    (_, false) => byte >> 4,
+                };
+                *out = scale * (f32::from(q) - offset) + min;
+            }
+        }
+    }
+}
+
+/// A panel while it is filled.
+struct PanelMut<'a> {
+    lines: &'a mut [Line],
+    scales: &'a mut [Half16],
+    mins: &'a mut [Half16],
+}
+
+impl PanelMut<'_> {
+    fn pack_row(
+        &mut self,
+        format: Format,
+        (ty, scheme): (GgmlType, Scheme),
+        lane: usize,
+        row: &[u8],
+    ) {
+        let shift = format.offset() - scheme.offset;
+        let block_groups = ty.block_elems() / scheme.group;
+        let per_group = format.lines_per_group();
+        let mut unpacked = Unpacked::default();
+        for (b, block) in row.chunks_exact(ty.block_bytes()).enumerate() {
+            unpack(ty, block, &mut unpacked);
+            for g in 0..block_groups {
+                let at = b * block_groups + g;
+                self.scales[at].0[lane] = f16::from_f32(unpacked.scale[g]).to_bits();
+                if let Some(min) = self.mins.get_mut(at) {
+                    min.0[lane] = f16::from_f32(unpacked.min[g]).to_bits();
+                }
+                let q = &unpacked.q[g * scheme.group..][..scheme.group];
+                let lines = &mut self.lines[at * per_group..][..per_group];
+                pack_group(format.bits, q, shift, lane, lines);
+            }
+        }
+    }
+}
+
+fn pack_group(bits: u32, q: &[u8], shift: u8, lane: usize, lines: &mut [Line]) {
+    let (low, high) = q.split_at(4 * lines.len());
+    for (i, line) in lines.iter_mut().enumerate() {
+        let out = &mut line.0[4 * lane..][..4];
+        for (j, out) in out.iter_mut().enumerate() {
+            let c = 4 * i + j;
+            *out = match bits {
+                4 => (low[c] + shift) | ((high[c] + shift) << 4),
+                _ => low[c] + shift,
+            };
+        }
+    }
+}
+
+/// The panels of a matrix with the activations that they meet; `BITS`, `GROUP` and `MIN` are those
+/// of the format.
+///
+/// Each result is `Σ_g scale_w · scale_x · (Σ_c q_w · q_x)`, plus `min · scale_x · Σ_c q_x`, added
+/// up group by group from the first column on, whatever the number of tokens: the inner sums are
+/// exact integers.
+struct PackedTimes<'a, const BITS: u32, const GROUP: usize, const MIN: bool> {
+    weights: &'a Packed,
+    /// `[m, cols / 32]`
+    x: &'a [ActBlock],
+}
+
+impl<const BITS: u32, const GROUP: usize, const MIN: bool> Panels
+    for PackedTimes<'_, BITS, GROUP, MIN>
+{
+    #[inline(always)]
+    fn tile<V: Lanes, const T: usize>(&self, v: V, panel: usize, token: usize) -> [V::F; T] {
+        let format = const {
+            Format {
+                bits: BITS,
+                group: GROUP,
+                has_min: MIN,
+            }
+        };
+        let (per_group, per_block) = (format.lines_per_group(), BLOCK / GROUP);
+        let weights = self.weights;
+        let groups = panel * weights.groups..(panel + 1) * weights.groups;
+        let lines = &weights.lines[groups.start * per_group..groups.end * per_group];
+        let scales = &weights.scales[groups.clone()];
+        let mins = if MIN { &weights.mins[groups] } else { &[] };
+        let blocks = weights.groups / per_block;
+        let mut x: [&[ActBlock]; T] = [&[]; T];
+        for (t, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(token + t) * blocks..][..blocks];
+        }
+
+        let mut acc = [v.splat(0.0); T];
+        for (g, lines) in lines.chunks_exact(per_group).enumerate() {
+            let (b, part) = (g / per_block, g % per_block);
+            // Which of a block's three sums.
+            let span = if GROUP == BLOCK { 2 } else { part };
+            let mut dot = [v.splat_i(0); T];
+            if !MIN {
+                for t in 0..T {
+                    dot[t] = v.splat_i(-i32::from(format.offset()) * x[t][b].sum[span]);
+                }
+            }
+            for (i, line) in lines.iter().enumerate() {
+                let word = part * (GROUP / 4) + i;
+                if BITS == 4 {
+                    let (low, high) = v.nibbles(line);
+                    for t in 0..T {
+                        let words = &x[t][b].words;
+                        dot[t] = v.dot4::<false>(dot[t], low, words[word]);
+                        dot[t] = v.dot4::<false>(dot[t], high, words[word + GROUP / 8]);
+                    }
+                } else {
+                    let q = v.bytes(line);
+                    for t in 0..T {
+                        // With a minimum q has 6 bits at most; with the offset it has 8.
+                        dot[t] = match MIN {
+                            true => v.dot4::<false>(dot[t], q, x[t][b].words[word]),
+                            false => v.dot4::<true>(dot[t], q, x[t][b].words[word]),
+                        };
+                    }
+                }
+            }
+            let scale = v.load_f16(&scales[g]);
+            for t in 0..T {
+                let scale = v.mul(scale, v.splat(x[t][b].scale));
+                acc[t] = v.mul_add(v.to_f(dot[t]), scale, acc[t]);
+            }
+            if MIN {
+                let min = v.load_f16(&mins[g]);
+                for t in 0..T {
+                    acc[t] = v.mul_add(min, v.splat(x[t][b].scaled_sum[span]), acc[t]);
+                }
+            }
+        }
+        acc
+    }
+}

@@ -1,0 +1,251 @@
+//! [`Lanes`] on x86-64: two AVX2 registers, or one of AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::lanes::{F32x16, Half16, Lanes, Line};
+
+/// Calls intrinsics.
+macro_rules! intrinsics {
+    ($($body:tt)*) => {{
+        // SAFETY: a value of the Lanes type exists only where the CPU has its instructions (see
+        // `new`); memory is touched only through references to whole, aligned values.
+        unsafe { $($body)* }
+    }};
+}
+
+/// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx2<const VNNI: bool>(());
+
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// # Safety
+    /// The CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+
+    /// Without VNNI. The products of unsigned and signed bytes are added in pairs to 16 bits, which
+    /// saturate: `q` must stay below 129 (128 · 127 · 2 < 2^15).
+    #[inline(always)]
+    fn dot4_narrow(self, acc: __m256i, q: __m256i, x: __m256i) -> __m256i {
+        intrinsics! {
+            let pairs = _mm256_maddubs_epi16(q, x);
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    fn dot4_half<const WIDE: bool>(self, acc: __m256i, q: __m256i, x: __m256i) -> __m256i {
+        intrinsics! {
+            if VNNI {
+                _mm256_dpbusd_avx_epi32(acc, q, x)
+            } else if WIDE {
+                // q = half + rest, both at most 128.
+                let half = _mm256_and_si256(_mm256_srli_epi16(q, 1), _mm256_set1_epi8(0x7f));
+                let rest = _mm256_sub_epi8(q, half);
+                self.dot4_narrow(self.dot4_narrow(acc, half, x), rest, x)
+            } else {
+                self.dot4_narrow(acc, q, x)
+            }
+        }
+    }
+}
+
+impl<const VNNI: bool> Lanes for Avx2<VNNI> {
+    type I = [__m256i; 2];
+    type F = [__m256; 2];
+    type Q = [__m256i; 2];
+    const TOKENS: usize = 4;
+
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> Self::I {
+        intrinsics! { [_mm256_set1_epi32(value); 2] }
+    }
+
+    #[inline(always)]
+    fn bytes(self, line: &Line) -> Self::Q {
+        let at = (&raw const line.0).cast::<__m256i>();
+        intrinsics! { [_mm256_load_si256(at), _mm256_load_si256(at.add(1))] }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, line: &Line) -> (Self::Q, Self::Q) {
+        let [a, b] = self.bytes(line);
+        intrinsics! {
+            let mask = _mm256_set1_epi8(0x0f);
+            let low = [_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)];
+            let high = [
+                _mm256_and_si256(_mm256_srli_epi16(a, 4), mask),
+                _mm256_and_si256(_mm256_srli_epi16(b, 4), mask),
+            ];
+            (low, high)
+        }
+    }
+
+    #[inline(always)]
+    fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I {
+        let x = intrinsics! { _mm256_set1_epi32(x) };
+        [
+            self.dot4_half::<WIDE>(acc[0], q[0], x),
+            self.dot4_half::<WIDE>(acc[1], q[1], x),
+        ]
+    }
+
+    #[inline(always)]
+    fn to_f(self, value: Self::I) -> Self::F {
+        intrinsics! { [_mm256_cvtepi32_ps(value[0]), _mm256_cvtepi32_ps(value[1])] }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        intrinsics! { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, value: &F32x16) -> Self::F {
+        let at = value.0.as_ptr();
+        intrinsics! { [_mm256_load_ps(at), _mm256_load_ps(at.add(8))] }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, value: &Half16) -> Self::F {
+        let at = (&raw const value.0).cast::<__m128i>();
+        intrinsics! {
+            [_mm256_cvtph_ps(_mm_load_si128(at)), _mm256_cvtph_ps(_mm_load_si128(at.add(1)))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, value: &Half16) -> Self::F {
+        let at = (&raw const value.0).cast::<__m128i>();
+        intrinsics! {
+            let low = _mm256_cvtepu16_epi32(_mm_load_si128(at));
+            let high = _mm256_cvtepu16_epi32(_mm_load_si128(at.add(1)));
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, value: Self::F) -> F32x16 {
+        let mut out = F32x16([0.0; 16]);
+        let at = out.0.as_mut_ptr();
+        intrinsics! {
+            _mm256_store_ps(at, value[0]);
+            _mm256_store_ps(at.add(8), value[1]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        intrinsics! { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        intrinsics! { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        intrinsics! { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+}
+
+/// AVX-512 F, BW, VL and VNNI.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The CPU has AVX-512 F, BW, VL and VNNI.
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Lanes for Avx512 {
+    type I = __m512i;
+    type F = __m512;
+    type Q = __m512i;
+    const TOKENS: usize = 8;
+
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> Self::I {
+        intrinsics! { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn bytes(self, line: &Line) -> Self::Q {
+        intrinsics! { _mm512_load_si512((&raw const line.0).cast()) }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, line: &Line) -> (Self::Q, Self::Q) {
+        let bytes = self.bytes(line);
+        intrinsics! {
+            let mask = _mm512_set1_epi8(0x0f);
+            let low = _mm512_and_si512(bytes, mask);
+            let high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+            (low, high)
+        }
+    }
+
+    #[inline(always)]
+    fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I {
+        intrinsics! { _mm512_dpbusd_epi32(acc, q, _mm512_set1_epi32(x)) }
+    }
+
+    #[inline(always)]
+    fn to_f(self, value: Self::I) -> Self::F {
+        intrinsics! { _mm512_cvtepi32_ps(value) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F {
+        intrinsics! { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(self, value: &F32x16) -> Self::F {
+        intrinsics! { _mm512_load_ps(value.0.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, value: &Half16) -> Self::F {
+        intrinsics! { _mm512_cvtph_ps(_mm256_load_si256((&raw const value.0).cast())) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, value: &Half16) -> Self::F {
+        intrinsics! {
+            let bits = _mm256_load_si256((&raw const value.0).cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, value: Self::F) -> F32x16 {
+        let mut out = F32x16([0.0; 16]);
+        intrinsics! { _mm512_store_ps(out.0.as_mut_ptr(), value) };
+        out
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        intrinsics! { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        intrinsics! { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        intrinsics! { _mm512_fmadd_ps(a, b, c) }
+    }
+}

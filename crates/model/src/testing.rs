@@ -1,0 +1,356 @@
+//! Small random models for tests, written as real GGUF files.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use half::f16;
+
+use crate::GgmlType;
+
+/// Builds the bytes of a GGUF file.
+#[derive(Debug, Default, Clone)]
+pub struct GgufBuilder {
+    pairs: Vec<(String, Vec<u8>)>,
+    tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
+}
+
+impl GgufBuilder {
+    const ALIGNMENT: usize = 32;
+
+    /// Adds a pair whose value is given as it stands in the file: type, then payload.
+    pub fn raw(&mut self, key: &str, kind: u32, payload: &[u8]) -> &mut Self {
+        let value = [&kind.to_le_bytes(), payload].concat();
+        self.pairs.push((key.to_owned(), value));
+        self
+    }
+
+    /// Adds an integer.
+    pub fn u32(&mut self, key: &str, value: u32) -> &mut Self {
+        self.raw(key, 4, &value.to_le_bytes())
+    }
+
+    /// Adds a float.
+    pub fn f32(&mut self, key: &str, value: f32) -> &mut Self {
+        self.raw(key, 6, &value.to_le_bytes())
+    }
+
+    /// Adds a truth value.
+    pub fn bool(&mut self, key: &str, value: bool) -> &mut Self {
+        self.raw(key, 7, &[value.into()])
+    }
+
+    /// Adds a string.
+    pub fn str(&mut self, key: &str, value: &str) -> &mut Self {
+        self.raw(key, 8, &string(value))
+    }
+
+    /// Adds an array of strings.
+    pub fn strs(&mut self, key: &str, values: &[String]) -> &mut Self {
+        let items: Vec<u8> = values.iter().flat_map(|s| string(s)).collect();
+        self.array(key, 8, values.len() as u64, &items)
+    }
+
+    /// Adds an array of integers.
+    pub fn i32s(&mut self, key: &str, values: &[i32]) -> &mut Self {
+        let items: Vec<u8> = values.iter().flat_map(|i| i.to_le_bytes()).collect();
+        self.array(key, 5, values.len() as u64, &items)
+    }
+
+    /// Adds an array of `count` elements of type `kind`.
+    pub fn array(&mut self, key: &str, kind: u32, count: u64, items: &[u8]) -> &mut Self {
+        let payload = [&kind.to_le_bytes(), count.to_le_bytes().as_slice(), items].concat();
+        self.raw(key, 9, &payload)
+    }
+
+    /// Adds a tensor; `dims` with the contiguous dimension first.
+    pub fn tensor(&mut self, name: &str, dims: &[u64], kind: u32, bytes: Vec<u8>) -> &mut Self {
+        self.tensors
+            .push((name.to_owned(), dims.to_vec(), kind, bytes));
+        self
+    }
+
+    /// Adds a tensor of one of the types that [`quantize`] can write.
+    pub fn floats(
+        &mut self,
+        name: &str,
+        dims: &[u64],
+        kind: GgmlType,
+        values: &[f32],
+    ) -> &mut Self {
+        let id = (0..64)
+            .find(|&id| GgmlType::from_u32(id) == Ok(kind))
+            .expect("every type has a number");
+        self.tensor(name, dims, id, quantize(kind, values))
+    }
+
+    /// The file.
+    pub fn build(&self) -> Vec<u8> {
+        let mut out = b"GGUF".to_vec();
+        out.extend(3u32.to_le_bytes());
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        out.extend((self.pairs.len() as u64).to_le_bytes());
+        for (key, value) in &self.pairs {
+            out.extend(string(key));
+            out.extend(value);
+        }
+        let mut data = Vec::new();
+        for (name, dims, kind, bytes) in &self.tensors {
+            data.resize(usize::next_multiple_of(data.len(), Self::ALIGNMENT), 0);
+            out.extend(string(name));
+            out.extend((dims.len() as u32).to_le_bytes());
+            dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
+            out.extend(kind.to_le_bytes());
+            out.extend((data.len() as u64).to_le_bytes());
+            data.extend(bytes);
+        }
+        out.resize(out.len().next_multiple_of(Self::ALIGNMENT), 0);
+        out.extend(data);
+        out
+    }
+}
+
+fn string(s: &str) -> Vec<u8> {
+    [(s.len() as u64).to_le_bytes().as_slice(), s.as_bytes()].concat()
+}
+
+/// A file that is removed when this is dropped.
+#[derive(Debug)]
+pub struct TempFile(PathBuf);
+
+impl TempFile {
+    /// Writes `bytes` to a new file.
+    ///
+    /// # Panics
+    /// When the temporary directory can't be written.
+    pub fn new(bytes: &[u8]) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("spate-test-{}-{n}.gguf", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, bytes).expect("the temporary directory is writable");
+        Self(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        // Nothing depends on it: a leftover in the temporary directory is no failure.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Shape of a random llama model. The default takes a few hundred kilobytes.
+#[derive(Debug, Clone)]
+pub struct TinyLlama {
+    /// Of the random weights.
+    pub seed: u64,
+    /// Transformer blocks.
+    pub layers: u32,
+    /// Width of the residual stream; a multiple of 32.
+    pub hidden: u32,
+    /// Query heads.
+    pub heads: u32,
+    /// Key/value heads.
+    pub kv_heads: u32,
+    /// Width of a head.
+    pub head_dim: u32,
+    /// Inner width of the feed-forward block; a multiple of 32.
+    pub ffn: u32,
+    /// Longest sequence.
+    pub context_len: u32,
+    /// Format of the matrices: F32, F16, Q4_1 or Q8_0.
+    pub weights: GgmlType,
+    /// Format of the value projection, to have stacked matrices of mixed formats.
+    pub value_weights: GgmlType,
+    /// Whether the output head is the embedding table.
+    pub tied: bool,
+    /// Whether query, key and value projections have a bias.
+    pub bias: bool,
+    /// Llama 3's frequency factors.
+    pub rope_factors: bool,
+}
+
+impl Default for TinyLlama {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            layers: 2,
+            hidden: 64,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            ffn: 96,
+            context_len: 512,
+            weights: GgmlType::Q4_1,
+            value_weights: GgmlType::Q8_0,
+            tied: false,
+            bias: false,
+            rope_factors: false,
+        }
+    }
+}
+
+/// Special tokens behind the 256 byte tokens of [`tiny_llama`]'s vocabulary.
+pub const TINY_SPECIALS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+
+/// A random model with a byte-level vocabulary (byte `b` is token `b`, then [`TINY_SPECIALS`]) and
+/// a ChatML template, as the bytes of a GGUF file.
+pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
+    let mut rng = Normal(spec.seed ^ 0x9e37_79b9_7f4a_7c15);
+    let mut g = GgufBuilder::default();
+    let tokens: Vec<String> = byte_tokens()
+        .map(String::from)
+        .chain(TINY_SPECIALS.map(String::from))
+        .collect();
+    let types: Vec<i32> = (0..tokens.len())
+        .map(|i| if i < 256 { 1 } else { 3 })
+        .collect();
+    g.str("general.architecture", "llama")
+        .str("general.name", "tiny random llama")
+        .u32("llama.block_count", spec.layers)
+        .u32("llama.context_length", spec.context_len)
+        .u32("llama.embedding_length", spec.hidden)
+        .u32("llama.feed_forward_length", spec.ffn)
+        .u32("llama.attention.head_count", spec.heads)
+        .u32("llama.attention.head_count_kv", spec.kv_heads)
+        .u32("llama.attention.key_length", spec.head_dim)
+        .u32("llama.attention.value_length", spec.head_dim)
+        .u32("llama.rope.dimension_count", spec.head_dim)
+        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .str("tokenizer.ggml.model", "gpt2")
+        .str("tokenizer.ggml.pre", "smollm")
+        .strs("tokenizer.ggml.tokens", &tokens)
+        .i32s("tokenizer.ggml.token_type", &types)
+        .strs("tokenizer.ggml.merges", &[])
+        .u32("tokenizer.ggml.bos_token_id", 257)
+        .u32("tokenizer.ggml.eos_token_id", 258)
+        .str("tokenizer.chat_template", CHATML);
+
+    let [h, ffn, vocab] = [spec.hidden, spec.ffn, tokens.len() as u32].map(u64::from);
+    let q = u64::from(spec.heads * spec.head_dim);
+    let kv = u64::from(spec.kv_heads * spec.head_dim);
+    let mut matrix = |g: &mut GgufBuilder, name: &str, cols: u64, rows: u64, kind: GgmlType| {
+        // Unit variance of the outputs for unit variance of the inputs, times two: random weights
+        // of that size give logits that differ clearly.
+        let scale = 2.0 / (cols as f32).sqrt();
+        let values: Vec<f32> = (0..cols * rows).map(|_| rng.next() * scale).collect();
+        g.floats(&format!("{name}.weight"), &[cols, rows], kind, &values);
+    };
+    let ones = |g: &mut GgufBuilder, name: &str, len: u64, value: f32| {
+        let values = vec![value; len as usize];
+        g.floats(name, &[len], GgmlType::F32, &values);
+    };
+    let kind = spec.weights;
+    matrix(&mut g, "token_embd", h, vocab, kind);
+    if !spec.tied {
+        matrix(&mut g, "output", h, vocab, kind);
+    }
+    ones(&mut g, "output_norm.weight", h, 1.0);
+    if spec.rope_factors {
+        ones(
+            &mut g,
+            "rope_freqs.weight",
+            u64::from(spec.head_dim / 2),
+            1.5,
+        );
+    }
+    for i in 0..spec.layers {
+        let name = |suffix: &str| format!("blk.{i}.{suffix}");
+        ones(&mut g, &name("attn_norm.weight"), h, 1.0);
+        ones(&mut g, &name("ffn_norm.weight"), h, 1.0);
+        matrix(&mut g, &name("attn_q"), h, q, kind);
+        matrix(&mut g, &name("attn_k"), h, kv, kind);
+        matrix(&mut g, &name("attn_v"), h, kv, spec.value_weights);
+        matrix(&mut g, &name("attn_output"), q, h, kind);
+        matrix(&mut g, &name("ffn_gate"), h, ffn, kind);
+        matrix(&mut g, &name("ffn_up"), h, ffn, kind);
+        matrix(&mut g, &name("ffn_down"), ffn, h, kind);
+        if spec.bias {
+            ones(&mut g, &name("attn_q.bias"), q, 0.25);
+            ones(&mut g, &name("attn_k.bias"), kv, -0.25);
+            ones(&mut g, &name("attn_v.bias"), kv, 0.5);
+        }
+    }
+    g.build()
+}
+
+const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + \
+    message['content'] + '<|im_end|>\n' }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// GPT-2's printable stand-ins for the 256 bytes, in order of the bytes.
+fn byte_tokens() -> impl Iterator<Item = char> {
+    let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut next = 256;
+    (0..256).map(move |b| {
+        let code = if printable(b) {
+            b
+        } else {
+            next += 1;
+            next - 1
+        };
+        char::from_u32(code).expect("codes below 0x200 are characters")
+    })
+}
+
+/// Roughly normal numbers: the sum of twelve uniform ones (splitmix64).
+struct Normal(u64);
+
+impl Normal {
+    fn next(&mut self) -> f32 {
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
+    }
+
+    fn uniform(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
+    }
+}
+
+/// Writes `values` in a block format, rounding to the nearest step between each block's extremes.
+///
+/// # Panics
+/// For formats other than F32, F16, Q4_1 and Q8_0, and when the last block is not full.
+pub fn quantize(kind: GgmlType, values: &[f32]) -> Vec<u8> {
+    let blocks = values.chunks(32);
+    match kind {
+        GgmlType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        GgmlType::F16 => values
+            .iter()
+            .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+            .collect(),
+        GgmlType::Q4_1 => blocks.flat_map(q4_1).collect(),
+        GgmlType::Q8_0 => blocks.flat_map(q8_0).collect(),
+        other => panic!("no test quantiser for {other:?}"),
+    }
+}
+
+fn q4_1(block: &[f32]) -> Vec<u8> {
+    assert_eq!(block.len(), 32, "a Q4_1 block has 32 elements");
+    let min = block.iter().copied().fold(f32::INFINITY, f32::min);
+    let max = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let step = (max - min) / 15.0;
+    let level = |v: f32| ((v - min) / step).round().clamp(0.0, 15.0) as u8;
+    let mut out = Vec::with_capacity(20);
+    out.extend(f16::from_f32(step).to_le_bytes());
+    out.extend(f16::from_f32(min).to_le_bytes());
+    out.extend((0..16).map(|i| level(block[i]) | level(block[i + 16]) << 4));
+    out
+}
+
+fn q8_0(block: &[f32]) -> Vec<u8> {
+    assert_eq!(block.len(), 32, "a Q8_0 block has 32 elements");
+    let step = block.iter().fold(0.0, |m: f32, v| m.max(v.abs())) / 127.0;
+    let mut out = Vec::with_capacity(34);
+    out.extend(f16::from_f32(step).to_le_bytes());
+    out.extend(block.iter().map(|v| (v / step).round() as i8 as u8));
+    out
+}
