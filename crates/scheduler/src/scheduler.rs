@@ -210,7 +210,7 @@ impl Scheduler {
             return Err(AddError::Invalid("a request of this id is live"));
         }
         let live = self.num_waiting() + self.running.len() as u32;
-        if live + request.n > self.config.max_live() {
+        if live > self.config.max_live() - request.n {
             return Err(AddError::QueueFull);
         }
         let request = Arc::new(request);
