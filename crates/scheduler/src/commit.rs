@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
 use spate_executor::{Lane, RowOutput};
-use spate_types::{BlockId, FinishReason, Logprobs, Micros, RequestId, SampledToken};
+use spate_types::{FinishReason, Logprobs, Micros, RequestId, SampledToken};
 
 use crate::Event;
 use crate::policy;
-use crate::scheduler::{Scheduler, StepRow};
+use crate::scheduler::{Scheduler, StepRow, last_step_of};
 use crate::sequence::{Rank, Sequence};
 
 impl Scheduler {
@@ -88,28 +88,15 @@ impl Scheduler {
         let replaced = self
             .blocks
             .publish(&mut seq.table, &seq.tokens[..end as usize]);
-        let (id, prompt_len) = (seq.id, seq.prompt_len());
-        if !replaced.is_empty() {
-            self.retire_blocks(rank, replaced);
-        }
-        if id.index == 0 && end >= prompt_len {
-            self.fork_siblings(rank, id.request);
-        }
-    }
-
-    /// Gives up blocks that a running sequence replaced, once no batch in flight names them.
-    fn retire_blocks(&mut self, rank: Rank, blocks: Vec<BlockId>) {
-        let seq = &self.running[&rank];
-        let (lane, number, in_flight) = (seq.lane, seq.last_step, seq.in_flight);
-        let steps = &mut self.in_flight[lane as usize];
-        match steps
-            .iter_mut()
-            .find(|step| in_flight > 0 && step.number == number)
-        {
-            Some(step) => step.retired_blocks.extend(blocks),
-            None => blocks
+        match last_step_of(&mut self.in_flight, seq) {
+            Some(step) => step.retired_blocks.extend(replaced),
+            None => replaced
                 .into_iter()
                 .for_each(|block| self.blocks.release_block(block)),
+        }
+        let (id, prompt_len) = (seq.id, seq.prompt_len());
+        if id.index == 0 && end >= prompt_len {
+            self.fork_siblings(rank, id.request);
         }
     }
 

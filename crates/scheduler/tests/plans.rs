@@ -664,7 +664,7 @@ fn what_cannot_be_served_is_refused() {
         request(1, 0, 1),
         request(1, 4, 0),
         GenerationRequest { n: 0, ..good() },
-        GenerationRequest { n: 11, ..good() },
+        GenerationRequest { n: 15, ..good() },
         GenerationRequest {
             n: u32::MAX,
             ..good()
@@ -707,10 +707,11 @@ fn what_cannot_be_served_is_refused() {
 }
 
 #[test]
-fn the_waiting_line_is_bounded_in_sequences() {
+fn live_sequences_are_bounded() {
     let mut bench = Bench::new(
         SchedulerConfig {
-            max_waiting: 4,
+            max_num_seqs: 1,
+            max_waiting: 3,
             ..config()
         },
         capacity(),
