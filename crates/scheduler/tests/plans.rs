@@ -331,6 +331,50 @@ fn the_last_in_line_gives_way_and_comes_back_in_its_slot() {
 }
 
 #[test]
+fn the_youngest_of_the_lowest_priority_gives_way_first() {
+    for priorities in [[0, 0, 0], [0, 2, 1], [0, 1, 1]] {
+        let small = Capacity {
+            blocks: 3,
+            ..capacity()
+        };
+        let config = SchedulerConfig {
+            prefix_caching: false,
+            ..config()
+        };
+        let mut bench = Bench::new(config, small);
+        let [a, b, c] = priorities;
+        bench.add(GenerationRequest {
+            priority: a,
+            ..request(1, 4, 8)
+        });
+        bench.add(GenerationRequest {
+            priority: b,
+            ..request(2, 2, 3)
+        });
+        bench.add(GenerationRequest {
+            priority: c,
+            ..request(3, 2, 3)
+        });
+        // Slots are given in line order, so slot 2 is the last in line.
+        assert_eq!(
+            bench.plan(),
+            ["s0 0..4 bind *", "s1 0..2 bind *", "s2 0..2 bind *"]
+        );
+        bench.commit(&[Some(1), Some(1), Some(1)]);
+        assert_eq!(
+            bench.plan(),
+            ["s0 4..5 last *", "s1 2..3 last *"],
+            "{priorities:?}"
+        );
+        let preempted = if b > c { 2 } else { 3 };
+        bench
+            .scheduler
+            .finish(RequestId(preempted), None, FinishReason::Abort, bench.now);
+        assert_eq!(bench.scheduler.stats().waiting, 0, "{priorities:?}");
+    }
+}
+
+#[test]
 fn an_abort_frees_blocks_at_every_stage() {
     // Waiting; prompt in flight; between chunks; decode in flight; two steps in flight.
     for stage in 0..5 {
