@@ -52,7 +52,7 @@ impl Scheduler {
         }
         self.deliver_prompt_logprobs(id.request, row.start + 1, output.prompt_logprobs);
         if running {
-            self.commit_kv(rank, row.end);
+            self.commit_kv(rank, row);
         }
         if let Some(token) = output.sampled {
             self.commit_token(rank, token, now);
@@ -80,22 +80,24 @@ impl Scheduler {
         }
     }
 
-    /// KV of a running sequence is written up to `end`: publish it, and fork the siblings that
-    /// waited for the prompt.
-    fn commit_kv(&mut self, rank: Rank, end: u32) {
+    /// The KV of a running sequence's row is written: publish it, and fork the siblings that waited
+    /// for the prompt.
+    fn commit_kv(&mut self, rank: Rank, row: &StepRow) {
         let seq = self.running.get_mut(&rank).expect("the caller found it");
-        seq.committed = end;
+        seq.committed = row.end;
         let replaced = self
             .blocks
-            .publish(&mut seq.table, &seq.tokens[..end as usize]);
+            .publish(&mut seq.table, &seq.tokens[..row.end as usize]);
         match last_step_of(&mut self.in_flight, seq) {
             Some(step) => step.retired_blocks.extend(replaced),
             None => replaced
                 .into_iter()
                 .for_each(|block| self.blocks.release_block(block)),
         }
-        let (id, prompt_len) = (seq.id, seq.prompt_len());
-        if id.index == 0 && end >= prompt_len {
+        let id = seq.id;
+        // Not before it samples: were it recomputing on the prefill lane, it would go on writing
+        // there to the block that its siblings copy on the main one.
+        if id.index == 0 && row.sample {
             self.fork_siblings(rank, id.request);
         }
     }
