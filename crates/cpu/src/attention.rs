@@ -107,7 +107,9 @@ impl<C: Column> Attention<'_, C> {
             // SAFETY: no other work has this token and head.
             let out = unsafe { self.out.slice(start..start + dim) };
             for (out, acc) in out.chunks_exact_mut(TILE).zip(&acc[..lines]) {
-                out.iter_mut().zip(acc.0).for_each(|(out, a)| *out = a / query.sum);
+                out.iter_mut()
+                    .zip(acc.0)
+                    .for_each(|(out, a)| *out = a / query.sum);
             }
         }
         N

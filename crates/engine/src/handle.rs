@@ -113,8 +113,7 @@ impl EngineHandle {
         if self.shared.draining.load(Ordering::Acquire) {
             return Err(AdmitError::Draining);
         }
-        let scheduler = &self.shared.config.scheduler;
-        let limit = scheduler.max_num_seqs.saturating_add(scheduler.max_waiting);
+        let limit = self.shared.config.scheduler.max_live();
         let take = |live: u32| live.checked_add(n).filter(|&sum| sum <= limit);
         match self
             .shared

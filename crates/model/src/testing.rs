@@ -173,6 +173,8 @@ pub struct TinyLlama {
     pub bias: bool,
     /// Llama 3's frequency factors.
     pub rope_factors: bool,
+    /// A token whose embedding is not a number; needs float weights.
+    pub nan_token: Option<u32>,
 }
 
 impl Default for TinyLlama {
@@ -191,6 +193,7 @@ impl Default for TinyLlama {
             tied: false,
             bias: false,
             rope_factors: false,
+            nan_token: None,
         }
     }
 }
@@ -238,7 +241,10 @@ pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
         // Unit variance of the outputs for unit variance of the inputs, times two: random weights
         // of that size give logits that differ clearly.
         let scale = 2.0 / (cols as f32).sqrt();
-        let values: Vec<f32> = (0..cols * rows).map(|_| rng.next() * scale).collect();
+        let mut values: Vec<f32> = (0..cols * rows).map(|_| rng.next() * scale).collect();
+        if let (Some(token), "token_embd") = (spec.nan_token, name) {
+            values[token as usize * cols as usize..][..cols as usize].fill(f32::NAN);
+        }
         g.floats(&format!("{name}.weight"), &[cols, rows], kind, &values);
     };
     let ones = |g: &mut GgufBuilder, name: &str, len: u64, value: f32| {

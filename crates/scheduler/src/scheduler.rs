@@ -21,10 +21,17 @@ pub struct SchedulerConfig {
     pub max_batch_tokens: u32,
     /// Most tokens in one sequence, prompt and output.
     pub max_model_len: u32,
-    /// Most sequences waiting; more are refused.
+    /// Most sequences waiting while `max_num_seqs` run; more are refused.
     pub max_waiting: u32,
     /// Share KV blocks between sequences that begin alike.
     pub prefix_caching: bool,
+}
+
+impl SchedulerConfig {
+    /// Most sequences in the scheduler at once, running and waiting.
+    pub fn max_live(&self) -> u32 {
+        self.max_num_seqs.saturating_add(self.max_waiting)
+    }
 }
 
 /// Decides who computes what in the next step, and follows what came of it.
@@ -151,8 +158,8 @@ impl Scheduler {
         if prompt.is_empty() {
             return invalid("the prompt is empty");
         }
-        if request.n == 0 || request.n > config.max_waiting {
-            return invalid("n must be at least 1 and at most the length of the waiting line");
+        if request.n == 0 || request.n > config.max_live() {
+            return invalid("n must be at least 1 and at most what may run and wait together");
         }
         if stop.max_tokens == 0 {
             return invalid("max_tokens must be at least 1");
@@ -202,7 +209,8 @@ impl Scheduler {
         if self.requests.contains_key(&request.id) {
             return Err(AddError::Invalid("a request of this id is live"));
         }
-        if self.num_waiting() + request.n > self.config.max_waiting {
+        let live = self.num_waiting() + self.running.len() as u32;
+        if live > self.config.max_live() - request.n {
             return Err(AddError::QueueFull);
         }
         let request = Arc::new(request);
@@ -355,7 +363,7 @@ impl Scheduler {
     /// Gives up what an ended sequence holds, once no batch in flight names it.
     fn retire(&mut self, mut seq: Sequence) {
         let slot = seq.slot.take();
-        match self.last_step_of(&seq) {
+        match last_step_of(&mut self.in_flight, &seq) {
             Some(step) => step.retired_slots.extend(slot),
             None => slot.into_iter().for_each(|slot| self.slots.release(slot)),
         }
@@ -365,21 +373,11 @@ impl Scheduler {
     /// Gives up a sequence's blocks, once no batch in flight names them.
     pub(crate) fn retire_table(&mut self, seq: &mut Sequence) {
         let table = std::mem::take(&mut seq.table);
-        match self.last_step_of(seq) {
+        match last_step_of(&mut self.in_flight, seq) {
             // Children before parents, as `BlockManager::release` does.
             Some(step) => step.retired_blocks.extend(table.blocks().iter().rev()),
             None => self.blocks.release(table),
         }
-    }
-
-    /// The newest step in flight that has a row of `seq`.
-    pub(crate) fn last_step_of(&mut self, seq: &Sequence) -> Option<&mut Step> {
-        if seq.in_flight == 0 {
-            return None;
-        }
-        self.in_flight[seq.lane as usize]
-            .iter_mut()
-            .find(|step| step.number == seq.last_step)
     }
 
     /// Ends the requests whose deadline has come.
@@ -395,4 +393,15 @@ impl Scheduler {
 /// Most tokens in one sequence.
 fn max_len(config: &SchedulerConfig, capacity: &Capacity) -> u32 {
     config.max_model_len.min(capacity.max_seq_len)
+}
+
+/// The newest step in flight that has a row of `seq`.
+pub(crate) fn last_step_of<'a>(
+    in_flight: &'a mut [VecDeque<Step>; 2],
+    seq: &Sequence,
+) -> Option<&'a mut Step> {
+    let steps = &mut in_flight[seq.lane as usize];
+    steps
+        .iter_mut()
+        .find(|step| seq.in_flight > 0 && step.number == seq.last_step)
 }

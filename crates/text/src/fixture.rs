@@ -4,7 +4,7 @@ use crate::vocab::ByteAlphabet;
 use crate::{Tokenizer, VocabSpec};
 
 /// Control tokens of [`vocab`].
-pub(crate) const CONTROL: &[&str] = &[
+const CONTROL: &[&str] = &[
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -18,7 +18,7 @@ pub(crate) const CONTROL: &[&str] = &[
     "EOT",
 ];
 /// User-defined tokens of [`vocab`].
-pub(crate) const USER_DEFINED: &[&str] = &["<think>", "</think>", "\n\n\n"];
+const USER_DEFINED: &[&str] = &["<think>", "</think>", "\n\n\n"];
 
 const MERGES: &[(&str, &str)] = &[
     ("Ġ", "t"),

@@ -106,7 +106,8 @@ impl Guard {
                 "the messages hold too many of the noncharacters U+FDD0 to U+FDEF".into(),
             ));
         };
-        let nonchar = |i| char::from_u32(FIRST_NONCHARACTER + i).expect("U+FDD0 to U+FDEF are chars");
+        let nonchar =
+            |i| char::from_u32(FIRST_NONCHARACTER + i).expect("U+FDD0 to U+FDEF are chars");
         Ok(Marks {
             guard: self,
             brk: nonchar(a),
@@ -215,6 +216,7 @@ fn used_in(json: &Json) -> u32 {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
     use serde_json::json;

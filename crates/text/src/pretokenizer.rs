@@ -36,21 +36,46 @@ use Pattern::{Split, SplitSpaces};
 const FAMILIES: &[Family] = &[
     Family {
         names: &[
-            "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "jina-es",
-            "jina-de", "jina-v2-es", "jina-v2-de",
+            "gpt-2",
+            "phi-2",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "jina-es",
+            "jina-de",
+            "jina-v2-es",
+            "jina-v2-de",
         ],
         stages: &[SplitSpaces(GPT2)],
         ignore_merges: false,
         add_bos: false,
     },
     Family {
-        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
+        names: &[
+            "smollm",
+            "starcoder",
+            "refact",
+            "command-r",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+        ],
         stages: &[Split(r"\p{N}"), SplitSpaces(GPT2)],
         ignore_merges: false,
         add_bos: false,
     },
     Family {
-        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"],
+        names: &[
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "lfm2",
+        ],
         stages: &[SplitSpaces(LLAMA3)],
         ignore_merges: true,
         add_bos: true,
@@ -62,7 +87,14 @@ const FAMILIES: &[Family] = &[
         add_bos: false,
     },
     Family {
-        names: &["qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"],
+        names: &[
+            "qwen2",
+            "deepseek-r1-qwen",
+            "stablelm2",
+            "hunyuan",
+            "megrez",
+            "grok-2",
+        ],
         stages: &[SplitSpaces(QWEN2)],
         ignore_merges: false,
         add_bos: false,
@@ -233,15 +265,21 @@ mod tests {
         );
         assert_eq!(
             words("smollm", text),
-            ["I", "'", "LL", " pay", " ", "1", "2", "3", "4", " ", " now", "\n\n", " ok"]
+            [
+                "I", "'", "LL", " pay", " ", "1", "2", "3", "4", " ", " now", "\n\n", " ok"
+            ]
         );
         assert_eq!(
             words("llama-bpe", text),
-            ["I", "'LL", " pay", " ", "123", "4", " ", " now", "\n\n", " ok"]
+            [
+                "I", "'LL", " pay", " ", "123", "4", " ", " now", "\n\n", " ok"
+            ]
         );
         assert_eq!(
             words("qwen2", text),
-            ["I", "'LL", " pay", " ", "1", "2", "3", "4", " ", " now", "\n\n", " ok"]
+            [
+                "I", "'LL", " pay", " ", "1", "2", "3", "4", " ", " now", "\n\n", " ok"
+            ]
         );
     }
 

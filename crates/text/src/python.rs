@@ -1,10 +1,11 @@
 //! What Python does and minijinja does not: the functions and formats that `transformers` gives to
 //! chat templates.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::sync::Arc;
 
-use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Error, ErrorKind, State, Value};
+use minijinja::value::{Kwargs, Object, ObjectRepr, ValueKind};
+use minijinja::{Error, ErrorKind, Output, State, Value, escape_formatter, filters};
 
 /// The message of `raise_exception`, as an error's source.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,76 @@ pub(crate) struct Raised(pub(crate) String);
 pub(crate) fn raise_exception(message: String) -> Result<Value, Error> {
     let error = Error::new(ErrorKind::InvalidOperation, message.clone());
     Err(error.with_source(Raised(message)))
+}
+
+/// The test `iterable`: unlike minijinja's, `None` is not.
+pub(crate) fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// Prints `{{ value }}`.
+pub(crate) fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    escape_formatter(
+        out,
+        state,
+        with_python_floats(value, 0).as_ref().unwrap_or(value),
+    )
+}
+
+/// The filter `string`.
+pub(crate) fn string(state: &State, value: &Value) -> Result<Value, Error> {
+    filters::string(
+        state,
+        with_python_floats(value, 0).as_ref().unwrap_or(value),
+    )
+}
+
+/// The value with the floats replaced that minijinja would print in another way than Python does;
+/// `None` if there are none, as a rule.
+fn with_python_floats(value: &Value, depth: usize) -> Option<Value> {
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => {
+            let repr = float_repr(f64::try_from(value.clone()).ok()?);
+            repr.contains('e')
+                .then(|| Value::from_object(FloatRepr(repr)))
+        }
+        ValueKind::Seq if depth < MAX_DEPTH => {
+            let items: Vec<Value> = value.try_iter().ok()?.collect();
+            let new = items.iter().map(|v| with_python_floats(v, depth + 1));
+            let new: Vec<Option<Value>> = new.collect();
+            new.iter().any(Option::is_some).then(|| {
+                let pairs = new.into_iter().zip(items);
+                pairs.map(|(new, old)| new.unwrap_or(old)).collect()
+            })
+        }
+        ValueKind::Map if depth < MAX_DEPTH => {
+            let keys: Vec<Value> = value.try_iter().ok()?.collect();
+            let items = keys.iter().map(|k| value.get_item(k));
+            let items: Vec<Value> = items.collect::<Result<_, _>>().ok()?;
+            let new = items.iter().map(|v| with_python_floats(v, depth + 1));
+            let new: Vec<Option<Value>> = new.collect();
+            new.iter().any(Option::is_some).then(|| {
+                let values = new.into_iter().zip(items);
+                let values = values.map(|(new, old)| new.unwrap_or(old));
+                Value::from_pairs(keys.into_iter().zip(values))
+            })
+        }
+        _ => None,
+    }
+}
+
+/// A float that prints as Python prints it.
+#[derive(Debug)]
+struct FloatRepr(String);
+
+impl Object for FloatRepr {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// Values nested deeper than this are not serialised.
@@ -85,7 +156,9 @@ impl JsonWriter<'_, '_, '_> {
         self.state.consume_fuel(1)?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
-            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Bool => self
+                .out
+                .push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => self.number(value),
             ValueKind::String => self.string(value.as_str().unwrap_or_default())?,
             ValueKind::Seq | ValueKind::Iterable => {
@@ -233,7 +306,13 @@ pub(crate) fn strftime(unix: i64, format: &str) -> Result<String, Error> {
         if unpadded {
             directive = chars.next();
         }
-        let padded = |x: i64| if unpadded { x.to_string() } else { format!("{x:02}") };
+        let padded = |x: i64| {
+            if unpadded {
+                x.to_string()
+            } else {
+                format!("{x:02}")
+            }
+        };
         let text = match directive {
             Some('Y') => year.to_string(),
             Some('y') => padded(year.rem_euclid(100)),
@@ -253,7 +332,11 @@ pub(crate) fn strftime(unix: i64, format: &str) -> Result<String, Error> {
             Some('Z') => "UTC".into(),
             Some('z') => "+0000".into(),
             Some('%') => "%".into(),
-            _ => return Err(invalid(format!("strftime_now: unknown directive in {format:?}"))),
+            _ => {
+                return Err(invalid(format!(
+                    "strftime_now: unknown directive in {format:?}"
+                )));
+            }
         };
         out.push_str(&text);
     }
@@ -261,11 +344,27 @@ pub(crate) fn strftime(unix: i64, format: &str) -> Result<String, Error> {
 }
 
 const WEEKDAYS: [&str; 7] = [
-    "Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday",
+    "Sunday",
+    "Monday",
+    "Tuesday",
+    "Wednesday",
+    "Thursday",
+    "Friday",
+    "Saturday",
 ];
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September",
-    "October", "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 
 /// Year, month (1 to 12) and day of the proleptic Gregorian calendar for a count of days since
@@ -282,22 +381,33 @@ fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
     let year = era * 400 + year_of_era + i64::from(month <= 2);
     (year, month, day)
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
     fn dates() {
         let at = |unix, format| strftime(unix, format).unwrap();
-        assert_eq!(at(0, "%A %Y-%m-%d %H:%M:%S"), "Thursday 1970-01-01 00:00:00");
+        assert_eq!(
+            at(0, "%A %Y-%m-%d %H:%M:%S"),
+            "Thursday 1970-01-01 00:00:00"
+        );
         assert_eq!(at(951_782_399, "%F %T %p %I"), "2000-02-28 23:59:59 PM 11");
         assert_eq!(at(951_782_400, "%d %B %y"), "29 February 00");
-        assert_eq!(at(1_795_392_000, "%-d %b %a %j".trim_end_matches(" %j")), "23 Nov Mon");
+        assert_eq!(
+            at(1_795_392_000, "%-d %b %a %j".trim_end_matches(" %j")),
+            "23 Nov Mon"
+        );
         assert_eq!(at(4_102_444_800, "%F %%"), "2100-01-01 %");
         assert_eq!(at(-1, "%F"), "1969-12-31");
         assert!(strftime(0, "%Q").is_err());

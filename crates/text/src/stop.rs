@@ -178,7 +178,8 @@ mod tests {
     /// Tries every end, then every stop string: the definition, spelled out.
     fn naive(text: &str, stops: &[String], include: bool) -> (String, Option<String>) {
         for end in 1..=text.len() {
-            let ends_here = |s: &&String| !s.is_empty() && text.as_bytes()[..end].ends_with(s.as_bytes());
+            let ends_here =
+                |s: &&String| !s.is_empty() && text.as_bytes()[..end].ends_with(s.as_bytes());
             if let Some(stop) = stops.iter().filter(ends_here).max_by_key(|s| s.len()) {
                 let shown = if include { end } else { end - stop.len() };
                 return (text[..shown].into(), Some(stop.clone()));
@@ -228,7 +229,13 @@ mod tests {
         assert_eq!(matcher.push("ed").emit, "\n\nUsed");
         assert_eq!(matcher.push(" it.\n\nUse").emit, " it.");
         let last = matcher.push("r: more");
-        assert_eq!(last, Matched { emit: String::new(), stop: Some("\n\nUser:".into()) });
+        assert_eq!(
+            last,
+            Matched {
+                emit: String::new(),
+                stop: Some("\n\nUser:".into())
+            }
+        );
         assert_eq!(matcher.flush(), "");
     }
 

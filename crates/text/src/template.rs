@@ -64,7 +64,10 @@ impl ChatTemplate {
         env.set_unknown_method_callback(unknown_method_callback);
         env.set_fuel(Some(FUEL));
         env.set_recursion_limit(MAX_RECURSION);
+        env.set_formatter(python::format);
         env.add_filter("tojson", python::tojson);
+        env.add_filter("string", python::string);
+        env.add_test("iterable", python::is_iterable);
         env.add_function("raise_exception", python::raise_exception);
         env.add_template_owned(NAME, without_generation_tags(source))
             .map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
@@ -119,8 +122,7 @@ fn context(input: &TemplateInput, marks: &Marks, now: i64) -> Result<Value, Text
         marks.value(input.messages)
     };
     let tools = input.tools.map_or(Value::from(()), |t| marks.value(t));
-    let strftime_now =
-        Value::from_function(move |format: &str| python::strftime(now, format));
+    let strftime_now = Value::from_function(move |format: &str| python::strftime(now, format));
     let own = [
         ("messages", messages),
         ("tools", tools),
@@ -221,7 +223,9 @@ fn describe(error: &Error) -> String {
         }
         source = e.source();
     }
-    let line = error.line().map_or(String::new(), |n| format!(" (line {n})"));
+    let line = error
+        .line()
+        .map_or(String::new(), |n| format!(" (line {n})"));
     if error.kind() == ErrorKind::OutOfFuel {
         return format!("rendering takes too many steps{line}");
     }

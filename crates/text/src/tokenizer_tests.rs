@@ -1,1 +1,220 @@
 #![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use crate::fixture;
+use crate::{Detokenizer, TextError, Tokenizer, VocabSpec};
+
+fn texts(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
+    let text = |&id: &u32| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned();
+    ids.iter().map(text).collect()
+}
+
+#[test]
+fn merges_words() {
+    let t = fixture::tokenizer();
+    let ids = t.encode("hello the world 12", true, true).unwrap();
+    assert_eq!(texts(&t, &ids), ["hello", " the", " world", " ", "1", "2"]);
+    assert!(t.encode("", true, true).unwrap().is_empty());
+}
+
+#[test]
+fn control_tokens_only_where_allowed() {
+    let t = fixture::tokenizer();
+    let text = "<|im_start|>hello<|im_end|>EOT";
+    let ids = t.encode(text, false, true).unwrap();
+    assert_eq!(
+        texts(&t, &ids),
+        ["<|im_start|>", "hello", "<|im_end|>", "EOT"]
+    );
+    let plain = t.encode(text, false, false).unwrap();
+    assert!(plain.iter().all(|&id| !t.is_special(id)));
+    assert_eq!(t.decode(&plain, true), text);
+    assert_eq!(t.decode(&ids, true), "hello");
+    assert_eq!(t.decode(&ids, false), text);
+}
+
+#[test]
+fn user_defined_tokens_match_in_any_text_the_longest_first() {
+    let mut spec = fixture::vocab();
+    spec.tokens.push("<think>ing".into());
+    spec.token_types.push(4);
+    let t = Tokenizer::from_vocab(spec).unwrap();
+    for parse_special in [false, true] {
+        let ids = t
+            .encode("<think><think>ing\n\n\n\n", false, parse_special)
+            .unwrap();
+        assert_eq!(texts(&t, &ids), ["<think>", "<think>ing", "\n\n\n", "\n"]);
+        assert!(ids.iter().all(|&id| !t.is_special(id)), "it is text");
+    }
+}
+
+#[test]
+fn bos_and_eos_as_the_model_wants_them() {
+    let encode = |spec: VocabSpec, add| {
+        let t = Tokenizer::from_vocab(spec).unwrap();
+        t.encode("a", add, true).unwrap()
+    };
+    let spec = || fixture::vocab();
+    let a = encode(spec(), true);
+    assert_eq!(a.len(), 1, "smollm adds nothing by itself");
+    let with = |add_bos, add_eos| VocabSpec {
+        add_bos,
+        add_eos,
+        ..spec()
+    };
+    assert_eq!(encode(with(Some(true), Some(true)), true), [1, a[0], 2]);
+    assert_eq!(encode(with(Some(true), Some(true)), false), a);
+    let llama = VocabSpec {
+        pre: Some("llama-bpe".into()),
+        ..spec()
+    };
+    assert_eq!(encode(llama.clone(), true), [1, a[0]]);
+    assert_eq!(encode(VocabSpec { bos: None, ..llama }, true), a);
+
+    let t = Tokenizer::from_vocab(VocabSpec {
+        eot: Some(2),
+        ..spec()
+    })
+    .unwrap();
+    assert_eq!(
+        (t.bos_text(), t.eos_text(), t.eos_ids()),
+        ("<|im_start|>", "<|im_end|>", &[2][..])
+    );
+    let t = Tokenizer::from_vocab(VocabSpec {
+        eot: Some(4),
+        ..spec()
+    })
+    .unwrap();
+    assert_eq!(t.eos_ids(), [2, 4]);
+}
+
+#[test]
+fn refuses_what_it_cannot_do_right() {
+    let refused = |change: &dyn Fn(&mut VocabSpec)| {
+        let mut spec = fixture::vocab();
+        change(&mut spec);
+        Tokenizer::from_vocab(spec).err().unwrap()
+    };
+    assert!(
+        refused(&|s| s.model = "llama".into())
+            .to_string()
+            .contains("llama")
+    );
+    assert!(matches!(
+        refused(&|s| s.pre = Some("x".into())),
+        TextError::UnknownPreTokenizer { .. }
+    ));
+    assert!(
+        refused(&|s| s.eos = Some(1 << 20))
+            .to_string()
+            .contains("eos")
+    );
+    assert!(
+        refused(&|s| s.merges.push("zz y".into()))
+            .to_string()
+            .contains("zz y")
+    );
+    assert!(
+        refused(&|s| s.merges.push("a".into()))
+            .to_string()
+            .contains("merge")
+    );
+    refused(&|s| s.tokens.clear());
+}
+
+#[test]
+fn odd_ids_decode_to_nothing() {
+    let t = fixture::tokenizer();
+    let pad = t.vocab_size() as u32 - 1;
+    assert_eq!(t.decode(&[u32::MAX, t.vocab_size() as u32], false), "");
+    assert_eq!(t.token_bytes(u32::MAX), b"");
+    assert_eq!(t.decode(&[pad], true), "");
+    assert!(t.is_special(pad) && t.is_special(u32::MAX));
+    assert_eq!(t.max_token_bytes(), "<|endoftext|>".len());
+}
+
+/// A13: whatever the text, time is about linear in its length.
+#[test]
+fn a_megabyte_of_anything_is_quick() {
+    let t = fixture::tokenizer();
+    let units = [
+        "a",
+        " ",
+        "\n",
+        "7",
+        "!",
+        "\u{200d}",
+        "👩\u{200d}👩\u{200d}",
+        "e\u{301}",
+        "<|im_start|",
+        "<",
+        "' ",
+        " \t\u{3000}",
+    ];
+    for unit in units {
+        let text = unit.repeat(1_000_000 / unit.len());
+        let start = Instant::now();
+        let ids = t.encode(&text, false, true).unwrap();
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{unit:?}: {:?}",
+            start.elapsed()
+        );
+        assert_eq!(t.decode(&ids, false), text);
+    }
+}
+
+proptest! {
+    #[test]
+    fn decoding_undoes_encoding(text in any::<String>(), parse_special: bool) {
+        let t = fixture::tokenizer();
+        let ids = t.encode(&text, false, parse_special).unwrap();
+        prop_assert_eq!(t.decode(&ids, false), text);
+    }
+
+    #[test]
+    fn text_in_pieces_is_the_whole_text(
+        ids in prop::collection::vec(0..320u32, 0..60),
+        skip: bool,
+    ) {
+        let t = Arc::new(fixture::tokenizer());
+        let mut detokenizer = Detokenizer::new(t.clone(), skip);
+        let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+        text.push_str(&detokenizer.flush());
+        prop_assert_eq!(&text, &t.decode(&ids, skip));
+        let shown = ids.iter().filter(|&&id| !(skip && t.is_special(id)));
+        let bytes: Vec<u8> = shown.flat_map(|&id| t.token_bytes(id)).copied().collect();
+        prop_assert_eq!(text, String::from_utf8_lossy(&bytes));
+    }
+
+    #[test]
+    fn characters_come_whole_and_at_once(text in "[a👩é中\u{301}]{0,20}") {
+        let t = Arc::new(fixture::tokenizer());
+        let mut detokenizer = Detokenizer::new(t.clone(), true);
+        let mut seen = String::new();
+        let mut bytes = Vec::new();
+        for id in t.encode(&text, false, false).unwrap() {
+            bytes.extend_from_slice(t.token_bytes(id));
+            seen.push_str(&detokenizer.push(id));
+            let whole = match std::str::from_utf8(&bytes) {
+                Ok(s) => s.len(),
+                Err(e) => e.valid_up_to(),
+            };
+            prop_assert_eq!(seen.as_bytes(), &bytes[..whole]);
+        }
+        prop_assert_eq!(detokenizer.flush(), "");
+    }
+}
+
+#[test]
+fn shared_between_threads() {
+    fn is_shared<T: Send + Sync>() {}
+    is_shared::<Tokenizer>();
+    is_shared::<crate::ChatTemplate>();
+    is_shared::<Detokenizer>();
+    is_shared::<crate::StopMatcher>();
+}
