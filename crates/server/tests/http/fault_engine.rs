@@ -69,7 +69,7 @@ async fn e2_everyone_finishes_when_everyone_is_preempted() {
 
 #[tokio::test]
 async fn e3_a_full_queue() {
-    let mut options = Options::default().step_time(millis(5));
+    let mut options = Options::default().step_time(millis(20));
     options.scheduler.max_num_seqs = 1;
     options.scheduler.max_waiting = 2;
     let server = start(options).await;
@@ -149,7 +149,7 @@ async fn e4_a_deadline_in_the_queue() {
 
 #[tokio::test]
 async fn e5_a_client_that_leaves_frees_its_blocks() {
-    let mut options = Options::default().step_time(millis(5));
+    let mut options = Options::default().step_time(millis(20));
     options.scheduler.max_num_seqs = 2;
     let server = start(options).await;
     let canary = server.canary().await;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
-use crate::harness::{Options, only, post_to, start, start_default};
+use crate::harness::{Options, only, post_to, start, start_default, token};
 
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -212,7 +212,7 @@ async fn metrics_count_what_happened() {
     let body = json!({"prompt": "p".repeat(40), "max_tokens": 10, "n": 2, "seed": 1, "ignore_eos": true, "logit_bias": only('x')});
     assert_eq!(server.post(COMPLETIONS, &body).await.status, 200);
     assert_eq!(server.post(COMPLETIONS, &body).await.status, 200);
-    let stop = json!({"prompt": "s", "stop": "x", "logit_bias": only('x')});
+    let stop = json!({"prompt": "s", "stop_token_ids": [token('x')], "logit_bias": only('x')});
     assert_eq!(server.post(COMPLETIONS, &stop).await.status, 200);
     server.wait_idle().await;
     let m = server.metrics().await;
@@ -293,7 +293,7 @@ impl Write for Log {
 
 impl Log {
     async fn access_line(&self, containing: &str) -> Value {
-        for _ in 0..200 {
+        for _ in 0..1000 {
             let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
             let line = text
                 .lines()
@@ -309,14 +309,13 @@ impl Log {
 
 #[tokio::test]
 async fn one_log_line_a_request() {
+    // Of the whole process: the lines of other tests are there too.
     let log = Log::default();
     let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt()
+    tracing_subscriber::fmt()
         .json()
         .with_writer(move || writer.clone())
-        .finish();
-    // The test's runtime has one thread, so this covers the server's tasks.
-    let _guard = tracing::subscriber::set_default(subscriber);
+        .init();
     let server = start(Options::default().step_time(millis(2))).await;
 
     let reply = server.post(COMPLETIONS, &json!({"prompt": "prompt", "max_tokens": 5, "ignore_eos": true, "request_id": "whole"})).await;
