@@ -31,7 +31,10 @@ fn a_stream_is_the_whole_answer_in_pieces() {
     let daemon = Daemon::start(&[]);
     let mut body = json!({
         "model": "m",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [
+            {"role": "system", "content": "You are a terse assistant."},
+            {"role": "user", "content": "Name three primary colours."},
+        ],
         "max_tokens": 24,
         "temperature": 0,
     });
@@ -39,7 +42,7 @@ fn a_stream_is_the_whole_answer_in_pieces() {
     assert_eq!(whole.status, 200, "{}", whole.text);
     let whole = whole.json();
     let text = whole["choices"][0]["message"]["content"].as_str().unwrap();
-    assert!(text.contains("Paris"), "{text}");
+    assert!(text.contains("Red"), "{text}");
 
     body["stream"] = true.into();
     let stream = daemon.post("/v1/chat/completions", &body);
@@ -140,7 +143,7 @@ fn sigterm_lets_running_requests_finish() {
 #[test]
 fn a_second_signal_ends_it_now() {
     let mut daemon = Daemon::start(&[]);
-    let _stream = daemon.open_stream(&streamed("Once upon a time", 4000));
+    let _stream = daemon.open_stream(&streamed("Once upon a time", 2000));
     let running = || (daemon.metric("vllm:num_requests_running") == 1.0).then_some(());
     wait_for("the request to run", LIMIT, running);
     daemon.signal("-TERM");
@@ -188,12 +191,12 @@ fn a_mistyped_setting_ends_the_start_with_a_hint() {
 #[test]
 fn a_killed_daemon_starts_again_on_the_same_port() {
     let mut daemon = Daemon::start(&[]);
-    let _stream = daemon.open_stream(&streamed("Once upon a time", 4000));
+    let _stream = daemon.open_stream(&streamed("Once upon a time", 2000));
     let running = || (daemon.metric("vllm:num_requests_running") == 1.0).then_some(());
     wait_for("the request to run", LIMIT, running);
     daemon.signal("-KILL");
     daemon.wait(LIMIT);
-    let again = Daemon::start(&["--port", &daemon.port.to_string()]);
+    let again = Daemon::start_on(daemon.port, &[]);
     assert_eq!(again.port, daemon.port);
     assert_eq!(
         again.post("/v1/completions", &completion("Hi", 2)).status,
@@ -218,11 +221,14 @@ fn an_idle_daemon_uses_no_cpu() {
 #[test]
 fn a_client_that_leaves_frees_its_blocks() {
     let daemon = Daemon::start(&["--enable-prefix-caching", "false"]);
-    let mut stream = daemon.open_stream(&streamed("Once upon a time", 4000));
+    let mut stream = daemon.open_stream(&streamed("Once upon a time", 2000));
     let mut first = String::new();
     while !first.starts_with("data: ") {
         first.clear();
-        stream.read_line(&mut first).unwrap();
+        assert!(
+            stream.read_line(&mut first).unwrap() > 0,
+            "the stream ended"
+        );
     }
     assert!(daemon.metric("vllm:kv_cache_usage_perc") > 0.0);
     drop(stream);
@@ -407,9 +413,14 @@ fn a_conversation_in_the_terminal() {
             "--temperature",
             "0",
             "--max-tokens",
-            "12",
+            "24",
         ])
-        .args(["--kv-cache-memory", "64MiB"])
+        .args([
+            "--kv-cache-memory",
+            "64MiB",
+            "--system",
+            "You are a terse assistant.",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -418,7 +429,7 @@ fn a_conversation_in_the_terminal() {
     let started = Instant::now();
     let mut input = child.stdin.take().unwrap();
     input
-        .write_all(b"What is the capital of France?\n/reset\n/exit\n")
+        .write_all(b"Name three primary colours.\n/reset\n/exit\n")
         .unwrap();
     let mut output = String::new();
     child
@@ -428,6 +439,6 @@ fn a_conversation_in_the_terminal() {
         .read_to_string(&mut output)
         .unwrap();
     assert!(child.wait().unwrap().success());
-    assert!(output.contains("Paris"), "{output}");
+    assert!(output.contains("Red"), "{output}");
     assert!(started.elapsed() < LIMIT);
 }

@@ -91,8 +91,17 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// The real model on a free port, with a small KV cache; waits until it is ready.
     pub(crate) fn start(extra: &[&str]) -> Self {
+        Self::start_on(0, extra)
+    }
+
+    pub(crate) fn start_on(port: u16, extra: &[&str]) -> Self {
         let mut child = Command::new(SPATE)
-            .args(["serve", model().to_str().unwrap(), "--port", "0"])
+            .args([
+                "serve",
+                model().to_str().unwrap(),
+                "--port",
+                &port.to_string(),
+            ])
             .args(["--served-model-name", "m", "--kv-cache-memory", "64MiB"])
             .args(extra)
             .stdout(Stdio::piped())
