@@ -331,6 +331,50 @@ fn the_last_in_line_gives_way_and_comes_back_in_its_slot() {
 }
 
 #[test]
+fn the_youngest_of_the_lowest_priority_gives_way_first() {
+    for priorities in [[0, 0, 0], [0, 2, 1], [0, 1, 1]] {
+        let small = Capacity {
+            blocks: 3,
+            ..capacity()
+        };
+        let config = SchedulerConfig {
+            prefix_caching: false,
+            ..config()
+        };
+        let mut bench = Bench::new(config, small);
+        let [a, b, c] = priorities;
+        bench.add(GenerationRequest {
+            priority: a,
+            ..request(1, 4, 8)
+        });
+        bench.add(GenerationRequest {
+            priority: b,
+            ..request(2, 2, 3)
+        });
+        bench.add(GenerationRequest {
+            priority: c,
+            ..request(3, 2, 3)
+        });
+        // Slots are given in line order, so slot 2 is the last in line.
+        assert_eq!(
+            bench.plan(),
+            ["s0 0..4 bind *", "s1 0..2 bind *", "s2 0..2 bind *"]
+        );
+        bench.commit(&[Some(1), Some(1), Some(1)]);
+        assert_eq!(
+            bench.plan(),
+            ["s0 4..5 last *", "s1 2..3 last *"],
+            "{priorities:?}"
+        );
+        let preempted = if b > c { 2 } else { 3 };
+        bench
+            .scheduler
+            .finish(RequestId(preempted), None, FinishReason::Abort, bench.now);
+        assert_eq!(bench.scheduler.stats().waiting, 0, "{priorities:?}");
+    }
+}
+
+#[test]
 fn an_abort_frees_blocks_at_every_stage() {
     // Waiting; prompt in flight; between chunks; decode in flight; two steps in flight.
     for stage in 0..5 {
@@ -483,6 +527,62 @@ fn siblings_fork_from_the_computed_prompt() {
     };
     assert_eq!(bench.usage(1), Some(usage));
     assert!(bench.scheduler.is_idle());
+}
+
+/// Found by the simulation: sequence 0 loses its blocks before its first token comes back, and is
+/// recomputed in chunks on the prefill lane. Its siblings must not copy what it still writes.
+#[test]
+fn siblings_fork_when_a_recomputation_is_over() {
+    let lanes = vec![Lane::Main, Lane::Prefill];
+    let small = Capacity {
+        blocks: 6,
+        lanes,
+        depth: 2,
+        ..capacity()
+    };
+    let mut bench = Bench::new(
+        SchedulerConfig {
+            prefix_caching: false,
+            ..config()
+        },
+        small,
+    );
+    bench.add(request(1, 7, 10));
+    assert_eq!(bench.plan(), ["s0 0..7 bind *"]);
+    bench.commit(&[Some(1)]);
+    bench.add(GenerationRequest {
+        n: 2,
+        ..request(2, 8, 2)
+    });
+    assert_eq!(bench.plan(), ["s0 7..8 last *"]);
+    assert_eq!(bench.plan_on(Lane::Prefill), ["s1 0..8 bind *"]);
+    bench.commit(&[Some(1)]);
+    for _ in 8..11 {
+        bench.plan();
+        bench.commit(&[Some(1)]);
+    }
+    bench.add(GenerationRequest {
+        priority: -1,
+        ..request(3, 1, 4)
+    });
+    assert_eq!(bench.plan(), ["s0 11..12 last *", "s2 0..1 bind *"]);
+    bench.commit(&[Some(1), Some(3)]);
+    // The first request needs a block.
+    assert_eq!(bench.plan(), ["s2 1..2 last *"]);
+    assert_eq!(bench.scheduler.stats().preemptions, 1);
+    bench.commit(&[Some(3)]);
+    bench.commit_on(Lane::Prefill, &[Some(2)]);
+    bench
+        .scheduler
+        .finish(RequestId(1), None, FinishReason::Abort, bench.now);
+    assert_eq!(bench.plan(), ["s2 2..3 last *"]);
+    assert_eq!(bench.plan_on(Lane::Prefill), ["s1 0..8"]);
+    bench.commit_on(Lane::Prefill, &[None]);
+    assert_eq!(bench.plan_on(Lane::Prefill), ["s1 8..9 last *"]);
+    assert_eq!(bench.plan(), ["s2 3..4 last *"], "the sibling waits");
+    bench.commit_on(Lane::Prefill, &[Some(2)]);
+    bench.commit(&[Some(3)]);
+    assert_eq!(bench.plan(), ["s3 7..8 bind *"]);
 }
 
 #[test]
@@ -664,7 +764,7 @@ fn what_cannot_be_served_is_refused() {
         request(1, 0, 1),
         request(1, 4, 0),
         GenerationRequest { n: 0, ..good() },
-        GenerationRequest { n: 11, ..good() },
+        GenerationRequest { n: 15, ..good() },
         GenerationRequest {
             n: u32::MAX,
             ..good()
@@ -707,10 +807,11 @@ fn what_cannot_be_served_is_refused() {
 }
 
 #[test]
-fn the_waiting_line_is_bounded_in_sequences() {
+fn live_sequences_are_bounded() {
     let mut bench = Bench::new(
         SchedulerConfig {
-            max_waiting: 4,
+            max_num_seqs: 1,
+            max_waiting: 3,
             ..config()
         },
         capacity(),

@@ -133,7 +133,7 @@ impl Simulation {
             max_num_seqs,
             max_batch_tokens,
             max_model_len: rng.pick(&[24, 48, 64, 100]),
-            max_waiting: rng.range(4, 30),
+            max_waiting: rng.range(2, 30),
             prefix_caching: rng.chance(80),
         };
         let mut sim_config = SimConfig::new(capacity.clone());
@@ -206,7 +206,7 @@ impl Simulation {
                 return;
             }
             Err(AddError::Invalid(what)) => {
-                assert!(request.n > self.config.max_waiting, "{what}");
+                assert!(request.n > self.config.max_live(), "{what}");
                 return;
             }
         }

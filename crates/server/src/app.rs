@@ -87,9 +87,9 @@ impl ServedModel {
         self.engine.capacity().vocab_size
     }
 
-    /// Most sequences that one request may have: all of them wait at first.
+    /// Most sequences that one request may have.
     pub(crate) fn max_sequences(&self) -> u32 {
-        self.engine.config().scheduler.max_waiting
+        self.engine.config().scheduler.max_live()
     }
 }
 

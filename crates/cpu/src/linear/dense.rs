@@ -5,6 +5,7 @@ use spate_model::quant::{GgmlType, QuantError, dequantize};
 
 use super::isa::Isa;
 use super::lanes::{F32x16, Half16, Lanes};
+use super::memory::huge_vec;
 use super::sweep::{PANEL, Panels, Sweep, panels};
 use crate::pool::ThreadPool;
 
@@ -94,7 +95,7 @@ impl<C: Column> Dense<C> {
         pool: &ThreadPool,
     ) -> Result<Self, QuantError> {
         let row_bytes = ty.row_bytes(cols)?;
-        let mut columns = vec![C::ZERO; panels(rows) * cols];
+        let mut columns = huge_vec(C::ZERO, panels(rows) * cols);
         pool.run_chunks(&mut columns, cols, |panel, columns| {
             let mut weights = vec![0.0; cols];
             let rows = bytes

@@ -13,6 +13,7 @@ mod activations;
 mod dense;
 mod isa;
 mod lanes;
+mod memory;
 mod packed;
 mod sweep;
 #[cfg(test)]
