@@ -81,6 +81,9 @@ pub(crate) fn build(options: &Options) -> Result<()> {
         })
         .collect();
     let fatbins = compile(&wanted, folder, &scratch, options.report)?;
+    if options.report {
+        return Ok(()); // it is an option of the compiler, and options get into the bytes
+    }
     if options.check {
         return check(&kernels, &fatbins, &prebuilt, &old);
     }

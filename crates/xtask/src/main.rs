@@ -13,7 +13,7 @@ const USAGE: &str = "\
 cargo xtask kernels [--check] [--report] [NAME…]
     Compiles kernels/*.cu to kernels/prebuilt/*.fatbin: those that changed, or those named.
     --check   compiles all and fails if a byte differs from what is committed; writes nothing
-    --report  prints registers, shared memory and spills of each kernel
+    --report  prints registers, shared memory and spills of each kernel; writes nothing
 cargo xtask bundle [DIR]
     Makes a folder (default: bundle/) that tests kernels and serves on a GPU machine without Rust";
 
