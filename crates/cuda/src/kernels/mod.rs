@@ -19,7 +19,8 @@ pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
-    Chosen, Edit, MAX_EDITS, MAX_TOP, NONE, Sample, SampleTile, SlotMemory, SlotParams, Top, Want,
+    Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
+    Top, Want,
 };
 
 /// The image of `kernels/<name>.cu`.
