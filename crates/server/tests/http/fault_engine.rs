@@ -99,7 +99,7 @@ async fn e3_a_full_queue() {
     assert_eq!(server.post(COMPLETIONS, &long(2)).await.status, 200);
     // What could never fit is the client's fault, not a matter of time.
     let reply = server
-        .post(COMPLETIONS, &json!({"prompt": "x", "n": 3}))
+        .post(COMPLETIONS, &json!({"prompt": "x", "n": 4}))
         .await;
     assert_eq!((reply.status, &reply.error()["param"]), (400, &json!("n")));
 }
