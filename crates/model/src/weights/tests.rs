@@ -33,10 +33,9 @@ impl Loader for Keep {
     }
 }
 
-fn load(
-    builder: &GgufBuilder,
-    refuse: usize,
-) -> Result<(Gguf, Weights<Kept, Vec<f32>>), LoadError<String>> {
+type LoadedModel = (Gguf, Weights<Kept, Vec<f32>>);
+
+fn load(builder: &GgufBuilder, refuse: usize) -> Result<LoadedModel, LoadError<String>> {
     let file = TempFile::new(&builder.build());
     let gguf = Gguf::open(file.path())?;
     let config = ModelConfig::from_gguf(&gguf)?;
