@@ -6,7 +6,7 @@ use std::time::Instant;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
 };
-use spate_model::{Gguf, LoadError, ModelConfig, Transformer, Weights, rope_factors};
+use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights, rope_factors};
 use spate_types::Slot;
 
 use crate::kv::{KvCache, KvPool, KvShape, TILE};
@@ -76,21 +76,21 @@ impl CpuExecutor {
     /// # Errors
     /// When the file, the settings or the system don't allow it; the message says which.
     pub fn load(
-        gguf: &Gguf,
+        checkpoint: &dyn Checkpoint,
         config: &CpuConfig,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, CpuError> {
-        let model = ModelConfig::from_gguf(gguf)?;
+        let model = checkpoint.config()?;
         let shape = kv_shape(&model, config)?;
         let capacity = capacity(&model, config, &shape)?;
         let pool = ThreadPool::new(config.threads).map_err(CpuError::Thread)?;
         let loader = CpuLoader::new(config.mode)?;
-        let weights = Weights::load(gguf, &model, &loader, pool.threads(), progress);
+        let weights = Weights::load(checkpoint, &model, &loader, pool.threads(), progress);
         let weights = weights.map_err(|e| match e {
             LoadError::Model(e) => CpuError::Model(e),
             LoadError::Backend(e) => CpuError::Quant(e),
         })?;
-        let factors = rope_factors(gguf, &model)?;
+        let factors = rope_factors(checkpoint, &model)?;
         let rates = rope::rates(&model.rope, factors.as_deref());
         let (kv, elem) = match config.mode {
             CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),

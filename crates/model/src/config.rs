@@ -1,4 +1,4 @@
-use crate::{Gguf, ModelError};
+use crate::{Checkpoint, Gguf, ModelError};
 
 /// Architectures that [`ModelConfig::from_gguf`] knows.
 pub const ARCHITECTURES: &[&str] = &["llama"];

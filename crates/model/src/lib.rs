@@ -1,10 +1,12 @@
 //! Model configuration, weight files and the forward pass, written once over a dozen fused operations.
 //!
-//! [`Gguf`] reads a file's header, [`ModelConfig`] says what kind of transformer it holds,
-//! [`Weights::load`] hands the tensors to a backend's [`Loader`], and [`Transformer`] drives the
-//! backend's [`Ops`]. Nothing here knows a device.
+//! A [`Checkpoint`] is a model on disk, such as a [`Gguf`] file: [`ModelConfig`] says what kind of
+//! transformer it holds, [`Weights::load`] hands its tensors to a backend's [`Loader`], and
+//! [`Transformer`] drives the backend's [`Ops`]. Nothing here knows a device.
 
+mod checkpoint;
 mod config;
+mod data_file;
 mod error;
 mod gguf;
 mod ops;
@@ -14,9 +16,10 @@ pub mod testing;
 mod transformer;
 mod weights;
 
+pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{ARCHITECTURES, Activation, ModelConfig, Rope, RopePairing};
 pub use error::ModelError;
-pub use gguf::{Array, Gguf, Metadata, TensorInfo, Value};
+pub use gguf::{Array, Gguf, Metadata, Value};
 pub use ops::{Loader, MatrixPart, MatrixSource, Ops};
 pub use quant::GgmlType;
 pub use transformer::Transformer;

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use crate::quant::dequantize;
-use crate::{Gguf, Loader, MatrixPart, MatrixSource, ModelConfig, ModelError, TensorInfo};
+use crate::{Checkpoint, Loader, MatrixPart, MatrixSource, ModelConfig, ModelError, TensorInfo};
 
 #[cfg(test)]
 mod tests;
@@ -55,14 +55,17 @@ pub enum LoadError<E> {
 ///
 /// # Errors
 /// When the tensor has a wrong shape or can't be read.
-pub fn rope_factors(gguf: &Gguf, config: &ModelConfig) -> Result<Option<Vec<f32>>, ModelError> {
-    let Some(tensor) = gguf.tensor(ROPE_FACTORS) else {
+pub fn rope_factors(
+    model: &dyn Checkpoint,
+    config: &ModelConfig,
+) -> Result<Option<Vec<f32>>, ModelError> {
+    let Some(tensor) = model.tensor(ROPE_FACTORS) else {
         return Ok(None);
     };
-    expect_dims(gguf, tensor, &[config.rope.dims / 2])?;
-    let factors = read_vector(gguf, tensor)?;
+    expect_dims(model, tensor, &[config.rope.dims / 2])?;
+    let factors = read_vector(model, tensor)?;
     if factors.iter().any(|f| !(*f > 0.0 && f.is_finite())) {
-        return Err(gguf.error(format!(
+        return Err(model.error(format!(
             "`{ROPE_FACTORS}` has a factor that is not positive"
         )));
     }
@@ -79,7 +82,7 @@ impl<M: Send, V: Send> Weights<M, V> {
     /// # Errors
     /// As said, and when a read or the backend fails.
     pub fn load<L>(
-        gguf: &Gguf,
+        model: &dyn Checkpoint,
         config: &ModelConfig,
         loader: &L,
         threads: usize,
@@ -88,7 +91,7 @@ impl<M: Send, V: Send> Weights<M, V> {
     where
         L: Loader<Matrix = M, Vector = V>,
     {
-        let plan = Plan::new(gguf, config)?;
+        let plan = Plan::new(model, config)?;
         // The largest tables first, so that no thread is left with one of them at the end.
         let mut jobs: Vec<Job> = vec![Job::Matrix(&plan.embedding)];
         jobs.extend(plan.head.as_ref().map(Job::Matrix));
@@ -107,7 +110,7 @@ impl<M: Send, V: Send> Weights<M, V> {
                         let i = next.fetch_add(1, Ordering::Relaxed);
                         jobs.get(i).map(|job| (i, job))
                     } {
-                        let loaded = job.run(gguf, loader);
+                        let loaded = job.run(model, loader);
                         let failed = loaded.is_err();
                         // The receiver leaves early only after another job's failure.
                         if sender.send((i, loaded)).is_err() || failed {
@@ -182,12 +185,12 @@ impl Job<'_> {
         }
     }
 
-    fn run<L: Loader>(&self, gguf: &Gguf, loader: &L) -> LoadedBy<L> {
+    fn run<L: Loader>(&self, model: &dyn Checkpoint, loader: &L) -> LoadedBy<L> {
         let vector = |info| {
-            let values = read_vector(gguf, info)?;
+            let values = read_vector(model, info)?;
             loader.vector(&values).map_err(LoadError::Backend)
         };
-        let matrix = |plan: &MatrixPlan| plan.load(gguf, loader);
+        let matrix = |plan: &MatrixPlan| plan.load(model, loader);
         Ok(match self {
             Job::Matrix(plan) => Loaded::Matrix(matrix(plan)?),
             Job::Vector(info) => Loaded::Vector(vector(info)?),
@@ -233,16 +236,16 @@ struct MatrixPlan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(gguf: &'a Gguf, c: &ModelConfig) -> Result<Self, ModelError> {
+    fn new(model: &'a dyn Checkpoint, c: &ModelConfig) -> Result<Self, ModelError> {
         let mut finder = Finder {
-            gguf,
+            model,
             used: HashSet::new(),
         };
         let f = &mut finder;
         let plan = Self {
             embedding: f.matrix(&[("token_embd", c.vocab_size)], c.hidden)?,
             final_norm: f.vector("output_norm.weight", c.hidden)?,
-            head: match gguf.tensor("output.weight") {
+            head: match model.tensor("output.weight") {
                 Some(_) => Some(f.matrix(&[("output", c.vocab_size)], c.hidden)?),
                 None => None,
             },
@@ -251,12 +254,12 @@ impl<'a> Plan<'a> {
                 .collect::<Result<_, _>>()?,
         };
         finder.used.insert(ROPE_FACTORS.to_owned());
-        if let Some(t) = gguf
+        if let Some(t) = model
             .tensors()
             .iter()
             .find(|t| !finder.used.contains(&t.name))
         {
-            return Err(gguf.error(format!(
+            return Err(model.error(format!(
                 "tensor `{}` is not known for architecture `{}`",
                 t.name, c.architecture
             )));
@@ -297,14 +300,18 @@ impl MatrixPlan<'_> {
         self.parts.iter().map(|(info, _)| info.bytes).sum()
     }
 
-    fn load<L: Loader>(&self, gguf: &Gguf, loader: &L) -> Result<L::Matrix, LoadError<L::Error>> {
+    fn load<L: Loader>(
+        &self,
+        model: &dyn Checkpoint,
+        loader: &L,
+    ) -> Result<L::Matrix, LoadError<L::Error>> {
         let mut bytes = Vec::with_capacity(self.bytes());
         for (info, _) in &self.parts {
-            gguf.read(info, &mut bytes)?;
+            model.read(info, &mut bytes)?;
         }
         let mut bias = Vec::new();
         for info in &self.biases {
-            bias.extend(read_vector(gguf, info)?);
+            bias.extend(read_vector(model, info)?);
         }
         let mut rest = bytes.as_slice();
         let parts = self.parts.iter().map(|&(info, rows)| {
@@ -327,17 +334,17 @@ impl MatrixPlan<'_> {
 
 /// Looks tensors up, checks their shapes and remembers which were used.
 struct Finder<'a> {
-    gguf: &'a Gguf,
+    model: &'a dyn Checkpoint,
     used: HashSet<String>,
 }
 
 impl<'a> Finder<'a> {
     fn find(&mut self, name: &str, dims: &[usize]) -> Result<&'a TensorInfo, ModelError> {
         let tensor = self
-            .gguf
+            .model
             .tensor(name)
-            .ok_or_else(|| self.gguf.error(format!("tensor `{name}` is missing")))?;
-        expect_dims(self.gguf, tensor, dims)?;
+            .ok_or_else(|| self.model.error(format!("tensor `{name}` is missing")))?;
+        expect_dims(self.model, tensor, dims)?;
         self.used.insert(name.to_owned());
         Ok(tensor)
     }
@@ -359,7 +366,7 @@ impl<'a> Finder<'a> {
         };
         let biased = parts
             .iter()
-            .any(|(name, _)| self.gguf.tensor(&format!("{name}.bias")).is_some());
+            .any(|(name, _)| self.model.tensor(&format!("{name}.bias")).is_some());
         for &(name, rows) in parts {
             let info = self.find(&format!("{name}.weight"), &[cols, rows])?;
             plan.parts.push((info, rows));
@@ -372,7 +379,11 @@ impl<'a> Finder<'a> {
     }
 }
 
-fn expect_dims(gguf: &Gguf, tensor: &TensorInfo, dims: &[usize]) -> Result<(), ModelError> {
+fn expect_dims(
+    model: &dyn Checkpoint,
+    tensor: &TensorInfo,
+    dims: &[usize],
+) -> Result<(), ModelError> {
     if tensor
         .dims
         .iter()
@@ -381,17 +392,17 @@ fn expect_dims(gguf: &Gguf, tensor: &TensorInfo, dims: &[usize]) -> Result<(), M
     {
         return Ok(());
     }
-    Err(gguf.error(format!(
+    Err(model.error(format!(
         "tensor `{}` has the dimensions {:?}, the configuration says {dims:?}",
         tensor.name, tensor.dims
     )))
 }
 
-fn read_vector(gguf: &Gguf, tensor: &TensorInfo) -> Result<Vec<f32>, ModelError> {
+fn read_vector(model: &dyn Checkpoint, tensor: &TensorInfo) -> Result<Vec<f32>, ModelError> {
     let mut bytes = Vec::new();
-    gguf.read(tensor, &mut bytes)?;
+    model.read(tensor, &mut bytes)?;
     let mut values = vec![0.0; tensor.dims.iter().product::<u64>() as usize];
     dequantize(tensor.ggml_type, &bytes, &mut values)
-        .map_err(|e| gguf.error(format!("tensor `{}`: {e}", tensor.name)))?;
+        .map_err(|e| model.error(format!("tensor `{}`: {e}", tensor.name)))?;
     Ok(values)
 }

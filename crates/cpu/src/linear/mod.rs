@@ -92,7 +92,7 @@ impl LinearWeight {
         Ok(Self { rows, cols, data })
     }
 
-    /// Keeps the weights as wide as they are in the file, or nearly: formats of 5 and 6 bits take 8,
+    /// Keeps the weights as wide as they are in the file, or nearly: formats of 5 and 6 bits, and of 4 with a table, take 8,
     /// and groups of 16 have a float16 scale each.
     ///
     /// # Errors

@@ -66,7 +66,12 @@ impl Random {
 fn half_fields(ty: GgmlType) -> &'static [usize] {
     match ty {
         GgmlType::F32 | GgmlType::BF16 => &[],
-        GgmlType::F16 | GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
+        GgmlType::F16
+        | GgmlType::Q4_0
+        | GgmlType::Q5_0
+        | GgmlType::Q8_0
+        | GgmlType::Iq4Nl
+        | GgmlType::Iq4Xs => &[0],
         GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4K | GgmlType::Q5K => &[0, 2],
         GgmlType::Q2K => &[80, 82],
         GgmlType::Q3K => &[108],

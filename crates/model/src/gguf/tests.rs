@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use crate::testing::{GgufBuilder, TempFile, TinyLlama, tiny_llama};
-use crate::{Gguf, ModelConfig, ModelError};
+use crate::{Checkpoint, Gguf, ModelConfig, ModelError};
 
 fn open(bytes: &[u8]) -> Result<Gguf, ModelError> {
     Gguf::open(TempFile::new(bytes).path())

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::GgmlType;
 use crate::testing::{GgufBuilder, TempFile, TinyLlama, tiny_llama_builder};
+use crate::{Checkpoint, GgmlType, Gguf};
 
 /// Keeps what it is given; refuses matrices of `refuse` columns.
 struct Keep {

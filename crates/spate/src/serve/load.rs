@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
 use spate_engine::{EngineConfig, SchedulerConfig};
 use spate_executor::{Capacity, Executor};
-use spate_model::{Gguf, ModelConfig};
+use spate_model::{Checkpoint, Gguf, ModelConfig};
 use spate_server::{App, SamplingDefaults, ServedModel};
 use spate_text::{ChatTemplate, Tokenizer};
 
