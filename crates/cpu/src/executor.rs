@@ -21,6 +21,8 @@ use crate::{CpuError, MAX_HEAD_DIM, ThreadPool};
 /// Batches that may wait for their completion.
 const DEPTH: u32 = 2;
 
+const MAX_BLOCK_SIZE: usize = 1024;
+
 /// How numbers are represented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CpuMode {
@@ -37,7 +39,7 @@ pub struct CpuConfig {
     pub mode: CpuMode,
     /// Threads that compute; 0 takes all cores.
     pub threads: usize,
-    /// Positions in a KV block; a multiple of 16.
+    /// Positions in a KV block; a multiple of 16, at most 1024.
     pub block_size: u32,
     /// Size of the KV pool.
     pub kv_cache_bytes: u64,
@@ -276,9 +278,9 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
 
 fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError> {
     let (block_size, tile) = (config.block_size as usize, TILE);
-    if block_size == 0 || !block_size.is_multiple_of(tile) {
+    if !(tile..=MAX_BLOCK_SIZE).contains(&block_size) || !block_size.is_multiple_of(tile) {
         return Err(CpuError::Config(format!(
-            "block size {block_size} is not a multiple of {tile}"
+            "block size {block_size} is not a multiple of {tile} up to {MAX_BLOCK_SIZE}"
         )));
     }
     let head_dim = model.head_dim;

@@ -14,6 +14,9 @@ use crate::math::exp;
 use crate::philox::uniform;
 use crate::slots::SlotState;
 
+#[cfg(test)]
+mod tests;
+
 /// How many of the best tokens the search for the end of top-p or min-p begins with; it goes on with
 /// eight times as many until the end is among them.
 const FIRST_CANDIDATES: usize = 64;

@@ -23,8 +23,11 @@ fn prompts(vocab: u32, lengths: &[usize]) -> Vec<Vec<TokenId>> {
     lengths.iter().enumerate().map(prompt).collect()
 }
 
+/// Token, bits of its logprob, rank, alternatives.
+type Traced = (TokenId, u32, u32, Vec<(TokenId, u32)>);
+
 /// Everything that a sequence gave, as bits.
-fn trace(s: &Sequence) -> Vec<(TokenId, u32, u32, Vec<(TokenId, u32)>)> {
+fn trace(s: &Sequence) -> Vec<Traced> {
     assert!(!s.failed);
     let logprobs = s.prompt_logprobs.iter().chain(&s.sampled_logprobs);
     let trace: Vec<_> = logprobs

@@ -69,6 +69,13 @@ impl GgufBuilder {
         self
     }
 
+    /// Removes a pair or a tensor, so that another can take its place.
+    pub fn without(&mut self, name: &str) -> &mut Self {
+        self.pairs.retain(|p| p.0 != name);
+        self.tensors.retain(|t| t.0 != name);
+        self
+    }
+
     /// Adds a tensor of one of the types that [`quantize`] can write.
     pub fn floats(
         &mut self,
@@ -204,6 +211,11 @@ pub const TINY_SPECIALS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end
 /// A random model with a byte-level vocabulary (byte `b` is token `b`, then [`TINY_SPECIALS`]) and
 /// a ChatML template, as the bytes of a GGUF file.
 pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
+    tiny_llama_builder(spec).build()
+}
+
+/// [`tiny_llama`], not yet built.
+pub fn tiny_llama_builder(spec: &TinyLlama) -> GgufBuilder {
     let mut rng = Normal(spec.seed ^ 0x9e37_79b9_7f4a_7c15);
     let mut g = GgufBuilder::default();
     let tokens: Vec<String> = byte_tokens()
@@ -282,7 +294,7 @@ pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
             ones(&mut g, &name("attn_v.bias"), kv, 0.5);
         }
     }
-    g.build()
+    g
 }
 
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + \

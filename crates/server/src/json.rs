@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn names_the_field_of_a_number_that_is_none() {
-        for number in ["NaN", "Infinity", "-Infinity", "1e999", "0x10", "01"] {
+        for number in ["NaN", "Infinity", "-Infinity", "1e999", "01"] {
             let e = error(format!(r#"{{"a": 1, "temperature": {number}}}"#).as_bytes());
             assert_eq!(e.param.as_deref(), Some("temperature"), "{number}");
         }

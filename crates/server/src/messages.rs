@@ -108,7 +108,7 @@ fn read_content(
     *parts_left = parts_left.checked_sub(parts.len()).ok_or_else(|| {
         ApiError::field(
             &*path,
-            format!("a request may have {MAX_CONTENT_PARTS} content parts"),
+            format!("'messages' may have {MAX_CONTENT_PARTS} content parts in all"),
         )
     })?;
     let texts = parts

@@ -1,9 +1,8 @@
 //! `chat.completion` and `chat.completion.chunk`.
 
 use serde::Serialize;
-use serde_json::Value;
 
-use super::logprobs::ChatLogprobs;
+use super::logprobs::{ChatLogprobs, PromptLogprobs};
 use super::{Head, StopReason, Usage};
 
 #[derive(Serialize)]
@@ -13,7 +12,7 @@ pub(crate) struct ChatCompletion {
     pub(crate) choices: Vec<ChatChoice>,
     pub(crate) usage: Usage,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) prompt_logprobs: Option<Value>,
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prompt_token_ids: Option<Vec<u32>>,
 }

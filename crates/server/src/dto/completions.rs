@@ -1,9 +1,8 @@
 //! `text_completion`, whole and in chunks.
 
 use serde::Serialize;
-use serde_json::Value;
 
-use super::logprobs::CompletionLogprobs;
+use super::logprobs::{CompletionLogprobs, PromptLogprobs};
 use super::{Head, StopReason, Usage};
 
 #[derive(Serialize)]
@@ -22,7 +21,7 @@ pub(crate) struct CompletionChoice {
     pub(crate) finish_reason: &'static str,
     pub(crate) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) prompt_logprobs: Option<Value>,
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,7 +1,6 @@
 //! Log-probabilities in the shapes of chat, of completions and of `prompt_logprobs`.
 
-use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
 use spate_text::Tokenizer;
 use spate_types::{Logprobs, TokenId};
 
@@ -10,6 +9,24 @@ const LOWEST: f32 = -9999.0;
 
 fn finite(logprob: f32) -> f32 {
     logprob.max(LOWEST)
+}
+
+/// A JSON object in the order of insertion, of at most a few dozen entries.
+#[derive(Debug)]
+pub(crate) struct Table<V>(Vec<(String, V)>);
+
+impl<V> Table<V> {
+    fn insert_new(&mut self, key: String, value: V) {
+        if self.0.iter().all(|(known, _)| *known != key) {
+            self.0.push((key, value));
+        }
+    }
+}
+
+impl<V: Serialize> Serialize for Table<V> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
 }
 
 /// How tokens are written.
@@ -95,7 +112,7 @@ pub(crate) struct CompletionLogprobs {
     text_offset: Vec<usize>,
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
-    top_logprobs: Vec<Option<Map<String, Value>>>,
+    top_logprobs: Vec<Option<Table<f32>>>,
 }
 
 impl CompletionLogprobs {
@@ -106,13 +123,11 @@ impl CompletionLogprobs {
         token: &Logprobs,
         offset: usize,
     ) -> usize {
-        let mut top = Map::new();
-        for &(id, logprob) in &token.top {
-            top.insert(writer.key(id), finite(logprob).into());
-        }
+        let mut top = Table(Vec::with_capacity(token.top.len() + 1));
         // The token itself is always there, even when it is not among the likeliest.
-        top.entry(writer.key(token.token))
-            .or_insert_with(|| finite(token.logprob).into());
+        for &(id, logprob) in token.top.iter().chain([&(token.token, token.logprob)]) {
+            top.insert_new(writer.key(id), finite(logprob));
+        }
         self.push_row(
             writer,
             token.token,
@@ -137,7 +152,7 @@ impl CompletionLogprobs {
         writer: TokenWriter<'_>,
         id: TokenId,
         logprob: Option<f32>,
-        top: Option<Map<String, Value>>,
+        top: Option<Table<f32>>,
         offset: usize,
     ) -> usize {
         let plain = TokenWriter {
@@ -154,23 +169,35 @@ impl CompletionLogprobs {
 
 /// `prompt_logprobs` in vLLM's shape: null for the first token, then for each token an object by
 /// token id that always has the prompt's own.
-pub(crate) fn prompt_logprobs(tokenizer: &Tokenizer, predicted: &[Logprobs]) -> Value {
+pub(crate) type PromptLogprobs = Vec<Option<Table<PromptToken>>>;
+
+#[derive(Debug, Serialize)]
+pub(crate) struct PromptToken {
+    logprob: f32,
+    rank: u32,
+    decoded_token: String,
+}
+
+pub(crate) fn prompt_logprobs(tokenizer: &Tokenizer, predicted: &[Logprobs]) -> PromptLogprobs {
     let writer = TokenWriter {
         tokenizer,
         as_ids: false,
     };
-    let entry = |id: TokenId, logprob: f32, rank: u32| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": writer.text(id)});
-    let rows = predicted.iter().map(|token| {
-        let mut row = Map::new();
-        row.insert(
-            token.token.to_string(),
-            entry(token.token, token.logprob, token.rank),
+    let entry = |id: TokenId, logprob: f32, rank: u32| PromptToken {
+        logprob: finite(logprob),
+        rank,
+        decoded_token: writer.text(id),
+    };
+    let rows = predicted.iter().map(|own| {
+        let mut row = Table(Vec::with_capacity(own.top.len() + 1));
+        row.insert_new(
+            own.token.to_string(),
+            entry(own.token, own.logprob, own.rank),
         );
-        for (rank, &(id, logprob)) in (1..).zip(&token.top) {
-            row.entry(id.to_string())
-                .or_insert_with(|| entry(id, logprob, rank));
+        for (rank, &(id, logprob)) in (1..).zip(&own.top) {
+            row.insert_new(id.to_string(), entry(id, logprob, rank));
         }
-        Value::Object(row)
+        Some(row)
     });
-    std::iter::once(Value::Null).chain(rows).collect()
+    std::iter::once(None).chain(rows).collect()
 }

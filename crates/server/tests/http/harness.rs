@@ -291,22 +291,23 @@ impl Server {
     /// All metrics without labels of their own, and those with them as `name{label="value"}`.
     pub(crate) async fn metrics(&self) -> HashMap<String, f64> {
         let text = self.get("/metrics").await.text();
-        let usual = [
-            format!("engine=\"0\",model_name=\"{MODEL}\""),
-            ",,".into(),
-            "{,".into(),
-            ",}".into(),
-            "{}".into(),
-        ];
-        let replacements = ["", ",", "{", "}", ""];
+        let model = format!("model_name=\"{MODEL}\"");
         text.lines()
             .filter(|line| !line.starts_with('#'))
             .map(|line| {
                 let (name, value) = line.rsplit_once(' ').unwrap();
-                let name = usual
-                    .iter()
-                    .zip(replacements)
-                    .fold(name.to_owned(), |name, (from, to)| name.replace(from, to));
+                let (name, labels) = name.split_once('{').unwrap_or((name, "}"));
+                let own: Vec<_> = labels
+                    .trim_end_matches('}')
+                    .split(',')
+                    .filter(|label| {
+                        !label.is_empty() && *label != "engine=\"0\"" && *label != model
+                    })
+                    .collect();
+                let name = match own.is_empty() {
+                    true => name.to_owned(),
+                    false => format!("{name}{{{}}}", own.join(",")),
+                };
                 (name, value.parse().unwrap())
             })
             .collect()
@@ -314,6 +315,7 @@ impl Server {
 
     /// Waits until no request holds a block.
     pub(crate) async fn wait_idle(&self) {
+        timeout(PATIENCE, self.engine.idle()).await.unwrap();
         self.wait_metric("vllm:kv_cache_usage_perc", 0.0).await;
         self.wait_metric("vllm:num_requests_running", 0.0).await;
         self.wait_metric("vllm:num_requests_waiting", 0.0).await;
