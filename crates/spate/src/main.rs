@@ -1,1 +1,4 @@
+//! The Spate daemon and command line.
+mod resolve;
+mod settings;
 fn main() {}
