@@ -18,7 +18,8 @@ pub fn test_model_path() -> Option<PathBuf> {
     let cache = || {
         let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache"));
         let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        Some(cache.or_else(home)?.join("spate").join(NAME))
+        let models = cache.or_else(home)?.join("spate/models");
+        Some(models.join("smollm2-135m-instruct").join(NAME))
     };
     let given = std::env::var_os("SPATE_TEST_MODEL").map(PathBuf::from);
     let path = given.or_else(cache).filter(|path| path.is_file());
