@@ -1,4 +1,5 @@
 //! A scripted HTTP/1.1 server on loopback, for tests of what uses the client.
+#![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
