@@ -14,12 +14,18 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["spate-types", "spate-kvcache", "spate-executor"],
     ),
     ("spate-model", &["spate-types"]),
-    ("spate-cpu", &["spate-types", "spate-executor", "spate-model"]),
+    (
+        "spate-cpu",
+        &["spate-types", "spate-executor", "spate-model"],
+    ),
     (
         "spate-engine",
         &["spate-types", "spate-scheduler", "spate-executor"],
     ),
-    ("spate-server", &["spate-types", "spate-text", "spate-engine"]),
+    (
+        "spate-server",
+        &["spate-types", "spate-text", "spate-engine"],
+    ),
 ];
 
 /// May use everything.

@@ -6,7 +6,7 @@
 //!
 //! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
-//! maximum; the sum of the 16 weights from left to right; the weighted values, position by position.
+//! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
 
 use spate_types::BlockId;
 
@@ -14,6 +14,9 @@ use crate::kv::{HeadPool, KvShape, TILE};
 use crate::linear::{Column, F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
+
+#[cfg(test)]
+mod tests;
 
 /// Largest head that fits the buffers below.
 pub(crate) const MAX_HEAD_DIM: usize = 512;
@@ -40,14 +43,14 @@ pub(crate) struct Attention<'a, C> {
     pub(crate) scale: f32,
 }
 
-/// A query on its way through the tiles.
-#[derive(Clone, Copy)]
-struct Query<'a> {
-    /// Not yet scaled.
-    q: &'a [f32],
-    position: usize,
-    max: f32,
-    sum: f32,
+/// `N` queries on their way through the tiles.
+struct Queries<const N: usize> {
+    /// Their elements, scaled, `[element][query]`: one element of all is one step of the scores.
+    q: [[f32; N]; MAX_HEAD_DIM],
+    max: [f32; N],
+    sum: [f32; N],
+    /// Weighted values so far.
+    acc: [[F32x16; N]; MAX_LINES],
 }
 
 impl<C: Column> Kernel for Attention<'_, C> {
@@ -59,7 +62,8 @@ impl<C: Column> Kernel for Attention<'_, C> {
             first += match count - first {
                 8.. if V::TOKENS >= 8 => self.queries::<V, 8>(v, first),
                 4.. => self.queries::<V, 4>(v, first),
-                2.. => self.queries::<V, 2>(v, first),
+                3 => self.queries::<V, 3>(v, first),
+                2 => self.queries::<V, 2>(v, first),
                 _ => self.queries::<V, 1>(v, first),
             };
         }
@@ -78,109 +82,143 @@ impl<C: Column> Attention<'_, C> {
     #[inline(always)]
     fn queries<V: Lanes, const N: usize>(&self, v: V, first: usize) -> usize {
         let dim = self.shape.head_dim;
-        let lines = dim / TILE;
-        let mut queries: [Query<'_>; N] = std::array::from_fn(|n| Query {
-            q: &self.queries[self.offset(first + n)..][..dim],
-            position: self.position + (first + n) / self.group,
-            max: f32::NEG_INFINITY,
-            sum: 0.0,
-        });
-        let mut acc = [[F32x16([0.0; TILE]); MAX_LINES]; N];
-        let (earliest, latest) = (queries[0].position, queries[N - 1].position);
-        for start in (0..=latest).step_by(TILE) {
-            let (keys, values) = self.kv.tile(self.shape, self.blocks, start);
-            if start + TILE - 1 <= earliest {
-                self.tile::<V, N>(v, &mut queries, &mut acc, keys, values, TILE);
-                continue;
-            }
-            // Some query must not see all of the tile: one by one.
-            for (query, acc) in queries.iter_mut().zip(&mut acc) {
-                let seen = (query.position + 1).saturating_sub(start).min(TILE);
-                if seen > 0 {
-                    let (query, acc) = (std::array::from_mut(query), std::array::from_mut(acc));
-                    self.tile::<V, 1>(v, query, acc, keys, values, seen);
-                }
+        let mut queries = Queries {
+            q: [[0.0; N]; MAX_HEAD_DIM],
+            max: [f32::NEG_INFINITY; N],
+            sum: [0.0; N],
+            acc: [[F32x16([0.0; TILE]); N]; MAX_LINES],
+        };
+        for n in 0..N {
+            let query = &self.queries[self.offset(first + n)..][..dim];
+            for (q, x) in queries.q.iter_mut().zip(query) {
+                q[n] = x * self.scale;
             }
         }
-        for (n, (query, acc)) in queries.iter().zip(&acc).enumerate() {
+        let position = |n: usize| self.position + (first + n) / self.group;
+        for start in (0..=position(N - 1)).step_by(TILE) {
+            let (keys, values) = self.kv.tile(self.shape, self.blocks, start);
+            let scores = queries.scores(v, keys);
+            // How much of the tile each query may see.
+            let seen = std::array::from_fn(|n| (position(n) + 1).saturating_sub(start).min(TILE));
+            let weights = queries.weights(v, dim / TILE, scores, seen);
+            if seen[0] == TILE {
+                queries.add(v, values, dim / TILE, &weights);
+            } else {
+                queries.add_seen(v, values, dim / TILE, &weights, seen);
+            }
+        }
+        for n in 0..N {
             let start = self.offset(first + n);
             // SAFETY: no other work has this token and head.
             let out = unsafe { self.out.slice(start..start + dim) };
-            for (out, acc) in out.chunks_exact_mut(TILE).zip(&acc[..lines]) {
-                out.iter_mut().zip(acc.0).for_each(|(out, a)| *out = a / query.sum);
+            for (out, acc) in out.chunks_exact_mut(TILE).zip(&queries.acc) {
+                let values = out.iter_mut().zip(acc[n].0);
+                values.for_each(|(out, a)| *out = a / queries.sum[n]);
             }
         }
         N
     }
+}
 
-    /// Lets `N` queries meet the first `seen` positions of a tile.
+impl<const N: usize> Queries<N> {
     #[inline(always)]
-    fn tile<V: Lanes, const N: usize>(
-        &self,
-        v: V,
-        queries: &mut [Query<'_>; N],
-        acc: &mut [[F32x16; MAX_LINES]; N],
-        keys: &[C],
-        values: &[C],
-        seen: usize,
-    ) {
-        let weights = self.weights(v, queries, acc, keys, seen);
-        let lines = self.shape.head_dim / TILE;
-        for line in 0..lines {
-            let mut sums = [v.splat(0.0); N];
-            for n in 0..N {
-                sums[n] = v.load(&acc[n][line]);
-            }
-            for j in 0..seen {
-                let value = values[j * lines + line].load(v);
-                for n in 0..N {
-                    sums[n] = v.mul_add(v.splat(weights[n][j]), value, sums[n]);
-                }
-            }
-            for n in 0..N {
-                acc[n][line] = v.store(sums[n]);
-            }
-        }
-    }
-
-    /// e^(score - maximum) of each position, after rescaling what came before.
-    #[inline(always)]
-    fn weights<V: Lanes, const N: usize>(
-        &self,
-        v: V,
-        queries: &mut [Query<'_>; N],
-        acc: &mut [[F32x16; MAX_LINES]; N],
-        keys: &[C],
-        seen: usize,
-    ) -> [[f32; TILE]; N] {
+    fn scores<V: Lanes, C: Column>(&self, v: V, keys: &[C]) -> [V::F; N] {
         let mut scores = [v.splat(0.0); N];
-        for (d, key) in keys.iter().enumerate() {
+        for (key, q) in keys.iter().zip(&self.q) {
             let key = key.load(v);
             for n in 0..N {
-                scores[n] = v.mul_add(v.splat(queries[n].q[d]), key, scores[n]);
+                scores[n] = v.mul_add(v.splat(q[n]), key, scores[n]);
             }
         }
-        let lines = keys.len() / TILE;
-        std::array::from_fn(|n| {
-            let query = &mut queries[n];
-            let mut weights = v.store(v.mul(scores[n], v.splat(self.scale))).0;
-            // What lies behind the query's own position may be another sequence's leftovers.
-            weights[seen..].fill(f32::NEG_INFINITY);
-            let max = weights.iter().fold(query.max, |max, &w| max.max(w));
-            if max != query.max {
-                let change = exp(query.max - max);
-                query.sum *= change;
-                let change = v.splat(change);
-                for line in &mut acc[n][..lines] {
-                    *line = v.store(v.mul(v.load(line), change));
-                }
-                query.max = max;
-            }
-            for w in &mut weights {
-                *w = exp(*w - max);
-            }
-            query.sum += weights.iter().sum::<f32>();
-            weights
-        })
+        scores
     }
+
+    /// e^(score - maximum) of each position, `[position][query]`, after rescaling what came before.
+    #[inline(always)]
+    fn weights<V: Lanes>(
+        &mut self,
+        v: V,
+        lines: usize,
+        scores: [V::F; N],
+        seen: [usize; N],
+    ) -> [[f32; N]; TILE] {
+        let mut weights = [[0.0; N]; TILE];
+        for n in 0..N {
+            if seen[n] == 0 {
+                continue;
+            }
+            let mut scores = v.store(scores[n]).0;
+            if seen[n] < TILE {
+                // What lies behind the query may be another sequence's leftovers.
+                scores[seen[n]..].fill(f32::NEG_INFINITY);
+            }
+            let max = fold(&scores, f32::max).max(self.max[n]);
+            if max != self.max[n] {
+                let change = exp(self.max[n] - max);
+                self.sum[n] *= change;
+                for acc in &mut self.acc[..lines] {
+                    acc[n] = v.store(v.mul(v.load(&acc[n]), v.splat(change)));
+                }
+                self.max[n] = max;
+            }
+            let own = scores.map(|score| exp(score - max));
+            self.sum[n] += fold(&own, |a, b| a + b);
+            for (weights, own) in weights.iter_mut().zip(own) {
+                weights[n] = own;
+            }
+        }
+        weights
+    }
+
+    /// Adds the weighted values of a tile that all queries see.
+    #[inline(always)]
+    fn add<V: Lanes, C: Column>(
+        &mut self,
+        v: V,
+        values: &[C],
+        lines: usize,
+        weights: &[[f32; N]; TILE],
+    ) {
+        for (line, acc) in self.acc[..lines].iter_mut().enumerate() {
+            let mut sums: [V::F; N] = std::array::from_fn(|n| v.load(&acc[n]));
+            let column = values[line..].iter().step_by(lines);
+            for (value, weights) in column.zip(weights) {
+                let value = value.load(v);
+                for n in 0..N {
+                    sums[n] = v.mul_add(v.splat(weights[n]), value, sums[n]);
+                }
+            }
+            *acc = sums.map(|sum| v.store(sum));
+        }
+    }
+
+    /// The same for a tile at the end of what they see. A weight of 0 is not enough there: leftovers
+    /// may be infinite.
+    #[inline(always)]
+    fn add_seen<V: Lanes, C: Column>(
+        &mut self,
+        v: V,
+        values: &[C],
+        lines: usize,
+        weights: &[[f32; N]; TILE],
+        seen: [usize; N],
+    ) {
+        for n in 0..N {
+            let positions = values.chunks_exact(lines).zip(weights);
+            for (values, weights) in positions.take(seen[n]) {
+                for (acc, value) in self.acc.iter_mut().zip(values) {
+                    let sum = v.mul_add(v.splat(weights[n]), value.load(v), v.load(&acc[n]));
+                    acc[n] = v.store(sum);
+                }
+            }
+        }
+    }
+}
+
+/// Halves against halves: a fixed order that takes few steps.
+#[inline(always)]
+fn fold(values: &[f32; TILE], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|i| f(values[i], values[i + 8]));
+    let four: [f32; 4] = std::array::from_fn(|i| f(eight[i], eight[i + 4]));
+    f(f(four[0], four[2]), f(four[1], four[3]))
 }

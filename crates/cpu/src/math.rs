@@ -25,10 +25,19 @@ pub(crate) fn exp(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = clamped - n * LN2_HIGH - n * LN2_LOW;
     let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+    for c in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+    ] {
         p = p * r + c;
     }
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    let exponent = shifted
+        .to_bits()
+        .wrapping_sub(ROUND.to_bits())
+        .wrapping_add(127);
     let y = (p * r * r + r + 1.0) * f32::from_bits(exponent << 23);
     if x < -87.336_54 { 0.0 } else { y }
 }
@@ -121,7 +130,10 @@ mod tests {
         for i in -870_000..880_000 {
             let x = i as f32 * 1e-4;
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((got / want - 1.0).abs() < 3e-7, "exp({x}) = {got}, not {want}");
+            assert!(
+                (got / want - 1.0).abs() < 3e-7,
+                "exp({x}) = {got}, not {want}"
+            );
         }
         assert_eq!(exp(0.0), 1.0);
         assert_eq!(exp(-0.0), 1.0);
@@ -139,7 +151,10 @@ mod tests {
             assert!((f64::from(silu(x as f32)) - want).abs() < 2e-6, "silu({x})");
             let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
             let want = 0.5 * x * (1.0 + u.tanh());
-            assert!((f64::from(gelu_tanh(x as f32)) - want).abs() < 2e-6, "gelu({x})");
+            assert!(
+                (f64::from(gelu_tanh(x as f32)) - want).abs() < 2e-6,
+                "gelu({x})"
+            );
         }
     }
 }

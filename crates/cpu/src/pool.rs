@@ -279,6 +279,7 @@ impl<'a, T> Disjoint<'a, T> {
     ///
     /// # Safety
     /// No two slices that are alive at the same time may overlap.
+    #[inline]
     #[allow(clippy::mut_from_ref)] // what this type is for
     pub(crate) unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
         assert!(

@@ -102,6 +102,9 @@ impl Runner {
     fn take_commands(&mut self) -> Option<Shutdown> {
         loop {
             let command = if self.scheduler.is_idle() {
+                if cfg!(debug_assertions) {
+                    self.scheduler.check_invariants();
+                }
                 self.shared.heartbeat.store(0, Ordering::Release);
                 self.commands.recv().map_err(|_| TryRecvError::Disconnected)
             } else {

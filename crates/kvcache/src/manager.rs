@@ -107,6 +107,11 @@ impl<S: BuildHasher> BlockManager<S> {
         }
     }
 
+    /// Tokens per block.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
     /// Blocks in the pool.
     pub fn total(&self) -> u32 {
         self.refs.len() as u32
@@ -213,8 +218,15 @@ impl<S: BuildHasher> BlockManager<S> {
         Ok(copy)
     }
 
-    /// A second table over the blocks that hold the first `positions` positions of `table`.
+    /// A second table over the blocks that hold the first `positions` positions of `table`. The full
+    /// ones among them must have been [published](Self::publish), lest the two tables come to
+    /// disagree about a block's parent.
     pub fn fork(&mut self, table: &BlockTable, positions: u32) -> BlockTable {
+        let full = (positions / self.block_size) as usize;
+        assert!(
+            self.index.is_none() || table.published >= full,
+            "publish before you fork"
+        );
         let blocks = table.blocks[..self.blocks_for(positions) as usize].to_vec();
         for &block in &blocks {
             self.hold(block);
@@ -236,18 +248,19 @@ impl<S: BuildHasher> BlockManager<S> {
     pub fn publish(&mut self, table: &mut BlockTable, tokens: &[TokenId]) -> Vec<BlockId> {
         let mut replaced = Vec::new();
         let size = self.block_size as usize;
-        while self.index.is_some() && (table.published + 1) * size <= tokens.len() {
-            let i = table.published;
+        for i in table.published..tokens.len() / size {
+            let Some(index) = &mut self.index else {
+                break;
+            };
             let own = table.blocks[i];
+            table.published = i + 1;
             let parent = i.checked_sub(1).map(|p| table.blocks[p]);
-            let index = self.index.as_mut().expect("checked by the loop");
             let block_tokens = &tokens[i * size..(i + 1) * size];
             if let Some(shared) = index.insert(parent, table.salt.as_ref(), block_tokens, own) {
                 self.hold(shared);
                 Arc::make_mut(&mut table.blocks)[i] = shared;
                 replaced.push(own);
             }
-            table.published += 1;
         }
         replaced
     }

@@ -69,6 +69,13 @@ impl GgufBuilder {
         self
     }
 
+    /// Removes a pair or a tensor, so that another can take its place.
+    pub fn without(&mut self, name: &str) -> &mut Self {
+        self.pairs.retain(|p| p.0 != name);
+        self.tensors.retain(|t| t.0 != name);
+        self
+    }
+
     /// Adds a tensor of one of the types that [`quantize`] can write.
     pub fn floats(
         &mut self,
@@ -173,6 +180,8 @@ pub struct TinyLlama {
     pub bias: bool,
     /// Llama 3's frequency factors.
     pub rope_factors: bool,
+    /// A token whose embedding is not a number; needs float weights.
+    pub nan_token: Option<u32>,
 }
 
 impl Default for TinyLlama {
@@ -191,6 +200,7 @@ impl Default for TinyLlama {
             tied: false,
             bias: false,
             rope_factors: false,
+            nan_token: None,
         }
     }
 }
@@ -201,6 +211,11 @@ pub const TINY_SPECIALS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end
 /// A random model with a byte-level vocabulary (byte `b` is token `b`, then [`TINY_SPECIALS`]) and
 /// a ChatML template, as the bytes of a GGUF file.
 pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
+    tiny_llama_builder(spec).build()
+}
+
+/// [`tiny_llama`], not yet built.
+pub fn tiny_llama_builder(spec: &TinyLlama) -> GgufBuilder {
     let mut rng = Normal(spec.seed ^ 0x9e37_79b9_7f4a_7c15);
     let mut g = GgufBuilder::default();
     let tokens: Vec<String> = byte_tokens()
@@ -238,7 +253,10 @@ pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
         // Unit variance of the outputs for unit variance of the inputs, times two: random weights
         // of that size give logits that differ clearly.
         let scale = 2.0 / (cols as f32).sqrt();
-        let values: Vec<f32> = (0..cols * rows).map(|_| rng.next() * scale).collect();
+        let mut values: Vec<f32> = (0..cols * rows).map(|_| rng.next() * scale).collect();
+        if let (Some(token), "token_embd") = (spec.nan_token, name) {
+            values[token as usize * cols as usize..][..cols as usize].fill(f32::NAN);
+        }
         g.floats(&format!("{name}.weight"), &[cols, rows], kind, &values);
     };
     let ones = |g: &mut GgufBuilder, name: &str, len: u64, value: f32| {
@@ -276,7 +294,7 @@ pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
             ones(&mut g, &name("attn_v.bias"), kv, 0.5);
         }
     }
-    g.build()
+    g
 }
 
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + \

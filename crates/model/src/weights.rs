@@ -5,6 +5,9 @@ use std::sync::mpsc;
 use crate::quant::dequantize;
 use crate::{Gguf, Loader, MatrixPart, MatrixSource, ModelConfig, ModelError, TensorInfo};
 
+#[cfg(test)]
+mod tests;
+
 /// All weights of a model, in a backend's form.
 #[derive(Debug)]
 pub struct Weights<M, V> {

@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
 use spate_executor::{Lane, RowOutput};
-use spate_types::{BlockId, FinishReason, Logprobs, Micros, RequestId, SampledToken};
+use spate_types::{FinishReason, Logprobs, Micros, RequestId, SampledToken};
 
 use crate::Event;
 use crate::policy;
-use crate::scheduler::{Scheduler, StepRow};
+use crate::scheduler::{Scheduler, StepRow, last_step_of};
 use crate::sequence::{Rank, Sequence};
 
 impl Scheduler {
@@ -18,15 +18,16 @@ impl Scheduler {
             .pop_front()
             .expect("a step is in flight");
         assert_eq!(step.rows.len(), outputs.len(), "one output per row");
+        // First these: a source of a copy goes before the sequence's other blocks, its parents.
+        for block in step.retired_blocks {
+            self.blocks.release_block(block);
+        }
+        for slot in step.retired_slots {
+            self.slots.release(slot);
+        }
         for (row, output) in step.rows.iter().zip(outputs) {
             self.commit_row(row, output, now);
         }
-        step.retired_blocks
-            .into_iter()
-            .for_each(|block| self.blocks.release_block(block));
-        step.retired_slots
-            .into_iter()
-            .for_each(|slot| self.slots.release(slot));
     }
 
     fn commit_row(&mut self, row: &StepRow, output: RowOutput, now: Micros) {
@@ -51,7 +52,7 @@ impl Scheduler {
         }
         self.deliver_prompt_logprobs(id.request, row.start + 1, output.prompt_logprobs);
         if running {
-            self.commit_kv(rank, row.end);
+            self.commit_kv(rank, row);
         }
         if let Some(token) = output.sampled {
             self.commit_token(rank, token, now);
@@ -79,36 +80,25 @@ impl Scheduler {
         }
     }
 
-    /// KV of a running sequence is written up to `end`: publish it, and fork the siblings that
-    /// waited for the prompt.
-    fn commit_kv(&mut self, rank: Rank, end: u32) {
+    /// The KV of a running sequence's row is written: publish it, and fork the siblings that waited
+    /// for the prompt.
+    fn commit_kv(&mut self, rank: Rank, row: &StepRow) {
         let seq = self.running.get_mut(&rank).expect("the caller found it");
-        seq.committed = end;
+        seq.committed = row.end;
         let replaced = self
             .blocks
-            .publish(&mut seq.table, &seq.tokens[..end as usize]);
-        let (id, prompt_len) = (seq.id, seq.prompt_len());
-        if !replaced.is_empty() {
-            self.retire_blocks(rank, replaced);
-        }
-        if id.index == 0 && end >= prompt_len {
-            self.fork_siblings(rank, id.request);
-        }
-    }
-
-    /// Gives up blocks that a running sequence replaced, once no batch in flight names them.
-    fn retire_blocks(&mut self, rank: Rank, blocks: Vec<BlockId>) {
-        let seq = &self.running[&rank];
-        let (lane, number, in_flight) = (seq.lane, seq.last_step, seq.in_flight);
-        let steps = &mut self.in_flight[lane as usize];
-        match steps
-            .iter_mut()
-            .find(|step| in_flight > 0 && step.number == number)
-        {
-            Some(step) => step.retired_blocks.extend(blocks),
-            None => blocks
+            .publish(&mut seq.table, &seq.tokens[..row.end as usize]);
+        match last_step_of(&mut self.in_flight, seq) {
+            Some(step) => step.retired_blocks.extend(replaced),
+            None => replaced
                 .into_iter()
                 .for_each(|block| self.blocks.release_block(block)),
+        }
+        let id = seq.id;
+        // Not before it samples: were it recomputing on the prefill lane, it would go on writing
+        // there to the block that its siblings copy on the main one.
+        if id.index == 0 && row.sample {
+            self.fork_siblings(rank, id.request);
         }
     }
 

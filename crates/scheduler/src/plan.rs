@@ -146,9 +146,11 @@ impl Scheduler {
             if coming {
                 return false;
             }
-            let Some(victim) = policy::victim(&self.running, rank, draft.step.number) else {
+            let Some(victim) = policy::victim(&self.running, rank) else {
                 return false;
             };
+            // Rows are planned in line order, and only decodes ever need more room.
+            debug_assert_ne!(self.running[&victim].last_step, draft.step.number);
             self.preempt(victim);
         }
     }

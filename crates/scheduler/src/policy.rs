@@ -12,7 +12,6 @@
 //! - **Lanes**: see [`lane`].
 
 use std::collections::BTreeMap;
-use std::ops::Bound;
 
 use spate_executor::{Capacity, Lane};
 
@@ -45,12 +44,11 @@ pub(crate) fn lane(uncached: u32, decoding: bool, capacity: &Capacity) -> Lane {
     }
 }
 
-/// Who gives its blocks up for `needy`: the last in line behind it that has no row in the step
-/// being planned.
-pub(crate) fn victim(running: &BTreeMap<Rank, Sequence>, needy: Rank, step: u64) -> Option<Rank> {
-    let behind = running.range((Bound::Excluded(needy), Bound::Unbounded));
-    behind
-        .rev()
-        .find(|(_, seq)| seq.last_step != step)
-        .map(|(&rank, _)| rank)
+/// Who gives its blocks up for `needy`: the last in line, if that is behind it.
+pub(crate) fn victim(running: &BTreeMap<Rank, Sequence>, needy: Rank) -> Option<Rank> {
+    running
+        .keys()
+        .next_back()
+        .copied()
+        .filter(|&last| last > needy)
 }

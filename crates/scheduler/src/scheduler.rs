@@ -210,7 +210,7 @@ impl Scheduler {
             return Err(AddError::Invalid("a request of this id is live"));
         }
         let live = self.num_waiting() + self.running.len() as u32;
-        if live + request.n > self.config.max_live() {
+        if live > self.config.max_live() - request.n {
             return Err(AddError::QueueFull);
         }
         let request = Arc::new(request);
@@ -363,7 +363,7 @@ impl Scheduler {
     /// Gives up what an ended sequence holds, once no batch in flight names it.
     fn retire(&mut self, mut seq: Sequence) {
         let slot = seq.slot.take();
-        match self.last_step_of(&seq) {
+        match last_step_of(&mut self.in_flight, &seq) {
             Some(step) => step.retired_slots.extend(slot),
             None => slot.into_iter().for_each(|slot| self.slots.release(slot)),
         }
@@ -373,21 +373,11 @@ impl Scheduler {
     /// Gives up a sequence's blocks, once no batch in flight names them.
     pub(crate) fn retire_table(&mut self, seq: &mut Sequence) {
         let table = std::mem::take(&mut seq.table);
-        match self.last_step_of(seq) {
+        match last_step_of(&mut self.in_flight, seq) {
             // Children before parents, as `BlockManager::release` does.
             Some(step) => step.retired_blocks.extend(table.blocks().iter().rev()),
             None => self.blocks.release(table),
         }
-    }
-
-    /// The newest step in flight that has a row of `seq`.
-    pub(crate) fn last_step_of(&mut self, seq: &Sequence) -> Option<&mut Step> {
-        if seq.in_flight == 0 {
-            return None;
-        }
-        self.in_flight[seq.lane as usize]
-            .iter_mut()
-            .find(|step| step.number == seq.last_step)
     }
 
     /// Ends the requests whose deadline has come.
@@ -403,4 +393,15 @@ impl Scheduler {
 /// Most tokens in one sequence.
 fn max_len(config: &SchedulerConfig, capacity: &Capacity) -> u32 {
     config.max_model_len.min(capacity.max_seq_len)
+}
+
+/// The newest step in flight that has a row of `seq`.
+pub(crate) fn last_step_of<'a>(
+    in_flight: &'a mut [VecDeque<Step>; 2],
+    seq: &Sequence,
+) -> Option<&'a mut Step> {
+    let steps = &mut in_flight[seq.lane as usize];
+    steps
+        .iter_mut()
+        .find(|step| seq.in_flight > 0 && step.number == seq.last_step)
 }

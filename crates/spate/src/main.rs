@@ -3,45 +3,59 @@
 mod bench;
 mod chat;
 mod client;
+mod models;
+mod resolve;
+mod serve;
+mod settings;
+
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-/// An OpenAI-compatible LLM server
-#[derive(Parser)]
-#[command(version)]
+/// An OpenAI-compatible LLM server in one binary
+#[derive(Debug, Parser)]
+#[command(name = "spate", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Subcommand)]
+#[derive(Debug, Subcommand)]
 enum Command {
-    /// Measure an OpenAI server
+    Serve(serve::ServeArgs),
+    Chat(chat::ChatArgs),
     Bench(bench::BenchArgs),
-    /// Talk to a model in the terminal
-    Chat {
-        /// The model
-        model: Option<String>,
-        /// The server's API key
-        #[arg(long, env = "SPATE_API_KEY", hide_env_values = true)]
-        api_key: Option<String>,
-        #[command(flatten)]
-        chat: chat::ChatArgs,
-    },
+    Pull(models::PullArgs),
+    Models(models::ModelsArgs),
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
-    match Cli::parse().command {
-        Command::Bench(args) => bench::run(args).await,
-        Command::Chat {
-            model,
-            api_key,
-            chat,
-        } => {
-            let url = chat.url.clone().context("chat needs --url")?;
-            chat::run(chat, &url, model, api_key.as_deref()).await
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("spate: {e:#}");
+            ExitCode::FAILURE
         }
     }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    // Two threads are enough for the sockets; the cores belong to the model.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("spate-io")
+        .enable_all()
+        .build()
+        .context("can't start the I/O threads")?;
+    let outcome = match cli.command {
+        Command::Serve(args) => runtime.block_on(serve::run(args)),
+        Command::Chat(args) => runtime.block_on(chat::run(args)),
+        Command::Bench(args) => runtime.block_on(bench::run(args)),
+        Command::Pull(args) => models::pull(&args),
+        Command::Models(args) => models::models(&args),
+    };
+    // Loading may still be under way on a thread that can't be called off.
+    runtime.shutdown_background();
+    outcome
 }

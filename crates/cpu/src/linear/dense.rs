@@ -5,6 +5,7 @@ use spate_model::quant::{GgmlType, QuantError, dequantize};
 
 use super::isa::Isa;
 use super::lanes::{F32x16, Half16, Lanes};
+use super::memory::huge_vec;
 use super::sweep::{PANEL, Panels, Sweep, panels};
 use crate::pool::ThreadPool;
 
@@ -13,7 +14,7 @@ use crate::pool::ThreadPool;
 const SPAN: usize = 64;
 
 /// One column of a panel: sixteen weights, one per row.
-pub(super) trait Column: Copy + Send + Sync {
+pub(crate) trait Column: Copy + Send + Sync {
     const ZERO: Self;
     fn set(&mut self, lane: usize, weight: f32);
     fn get(&self, lane: usize) -> f32;
@@ -39,7 +40,7 @@ impl Column for F32x16 {
 
 /// Sixteen float16.
 #[derive(Clone, Copy)]
-pub(super) struct F16x16(Half16);
+pub(crate) struct F16x16(Half16);
 
 impl Column for F16x16 {
     const ZERO: Self = F16x16(Half16([0; PANEL]));
@@ -94,7 +95,7 @@ impl<C: Column> Dense<C> {
         pool: &ThreadPool,
     ) -> Result<Self, QuantError> {
         let row_bytes = ty.row_bytes(cols)?;
-        let mut columns = vec![C::ZERO; panels(rows) * cols];
+        let mut columns = huge_vec(C::ZERO, panels(rows) * cols);
         pool.run_chunks(&mut columns, cols, |panel, columns| {
             let mut weights = vec![0.0; cols];
             let rows = bytes

@@ -56,7 +56,8 @@ pub(crate) trait Kernel {
     fn run<V: Lanes>(self, lanes: V);
 }
 
-/// Plain Rust: for CPUs without the instruction sets below, and the reference for their tests.
+/// Plain Rust: for CPUs without the instruction sets below, and the reference for their tests. A CPU
+/// without fused multiply-add computes it in software, slowly.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scalar;
 

@@ -13,6 +13,7 @@ mod activations;
 mod dense;
 mod isa;
 mod lanes;
+mod memory;
 mod packed;
 mod sweep;
 #[cfg(test)]
@@ -26,8 +27,9 @@ use spate_model::quant::{GgmlType, QuantError};
 
 use crate::pool::{Disjoint, ThreadPool};
 use activations::{ActBlock, BLOCK, quantize};
-use dense::{Bf16x16, Dense, F16x16};
-use lanes::F32x16;
+use dense::{Bf16x16, Dense};
+pub(crate) use dense::{Column, F16x16};
+pub(crate) use lanes::{F32x16, Kernel, Lanes};
 use packed::Packed;
 use sweep::{Sweep, panels};
 

@@ -8,6 +8,7 @@ use spate_model::quant::{GgmlType, Scheme, Unpacked, unpack};
 use super::activations::{ActBlock, BLOCK};
 use super::isa::Isa;
 use super::lanes::{Half16, Lanes, Line};
+use super::memory::huge_vec;
 use super::sweep::{PANEL, Panels, Sweep, panels};
 use crate::pool::ThreadPool;
 
@@ -77,9 +78,9 @@ impl Packed {
         let mut packed = Self {
             format,
             groups,
-            lines: vec![Line([0; 64]); total * format.lines_per_group()],
-            scales: vec![zero; total],
-            mins: vec![zero; if format.has_min { total } else { 0 }],
+            lines: huge_vec(Line([0; 64]), total * format.lines_per_group()),
+            scales: huge_vec(zero, total),
+            mins: huge_vec(zero, if format.has_min { total } else { 0 }),
         };
         let mins = packed
             .mins

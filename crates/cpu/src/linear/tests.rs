@@ -119,11 +119,12 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 fn shape() -> impl Strategy<Value = (GgmlType, usize, usize, usize, u64)> {
+    let m = prop_oneof![4 => 1..34usize, 1 => 60..80usize];
     (
         0..GgmlType::ALL.len(),
         1..40usize,
         1..5usize,
-        1..34usize,
+        m,
         any::<u64>(),
     )
         .prop_map(|(ty, rows, blocks, m, seed)| {

@@ -44,7 +44,9 @@ impl Cache {
         };
         let base = directory("XDG_CACHE_HOME")
             .or_else(|| directory("HOME").map(|home| home.join(".cache")))
-            .ok_or_else(|| anyhow!("no cache directory: set XDG_CACHE_HOME or HOME to an absolute path"))?;
+            .ok_or_else(|| {
+                anyhow!("no cache directory: set XDG_CACHE_HOME or HOME to an absolute path")
+            })?;
         Ok(Self {
             models: base.join("spate").join("models"),
         })
@@ -52,14 +54,19 @@ impl Cache {
 
     /// The file that an earlier fetch of this reference left.
     pub(crate) fn find(&self, reference: &Reference) -> Option<PathBuf> {
-        gguf_files(&self.directory(reference)).ok()?.into_iter().next()
+        gguf_files(&self.directory(reference))
+            .ok()?
+            .into_iter()
+            .next()
     }
 
     /// All models, by name.
     pub(crate) fn list(&self) -> Result<Vec<Entry>> {
         let directories = match fs::read_dir(&self.models) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            directories => directories.with_context(|| format!("can't read {}", self.models.display()))?,
+            directories => {
+                directories.with_context(|| format!("can't read {}", self.models.display()))?
+            }
         };
         let mut entries = Vec::new();
         for directory in directories {
@@ -155,8 +162,15 @@ impl Slot {
     }
 
     /// Enters a file that lives in another program's cache, checking its hash.
-    pub(crate) fn link(&self, target: &Path, sha256: Option<&str>, progress: &mut Progress) -> Result<PathBuf> {
-        let name = target.file_name().ok_or_else(|| anyhow!("{} is not a file", target.display()))?;
+    pub(crate) fn link(
+        &self,
+        target: &Path,
+        sha256: Option<&str>,
+        progress: &mut Progress,
+    ) -> Result<PathBuf> {
+        let name = target
+            .file_name()
+            .ok_or_else(|| anyhow!("{} is not a file", target.display()))?;
         if sha256.is_some() {
             let mut file = File::open(target).map_err(|e| explain(e, "read", target))?;
             progress.begin("checking the SHA-256", file.metadata()?.len());
@@ -175,12 +189,16 @@ impl Slot {
 
     fn sync(&self) -> Result<()> {
         let directory = File::open(&self.directory)?;
-        directory.sync_all().map_err(|e| explain(e, "write", &self.directory))
+        directory
+            .sync_all()
+            .map_err(|e| explain(e, "write", &self.directory))
     }
 
     fn sweep(&self) -> Result<()> {
         match fs::remove_dir_all(&self.scratch) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(explain(e, "remove", &self.scratch)),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(explain(e, "remove", &self.scratch))
+            }
             _ => Ok(()),
         }
     }
@@ -195,7 +213,8 @@ impl Drop for Slot {
 
 /// The directory's GGUF files, by name. A link that leads nowhere is none.
 pub(crate) fn gguf_files(directory: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(directory).with_context(|| format!("can't read {}", directory.display()))?;
+    let entries =
+        fs::read_dir(directory).with_context(|| format!("can't read {}", directory.display()))?;
     let mut files = Vec::new();
     for entry in entries {
         let path = entry?.path();
@@ -215,7 +234,13 @@ fn directory_name(reference: &Reference) -> String {
     }
     let readable: String = text
         .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || "-_.=+".contains(c) { c } else { '-' })
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.=+".contains(c) {
+                c
+            } else {
+                '-'
+            }
+        })
         .take(120)
         .collect();
     format!("{readable}-{}", &hex(&Sha256::digest(text.as_bytes()))[..8])
@@ -258,7 +283,12 @@ struct Hashed<'a, W> {
 
 impl<'a, W: Write> Hashed<'a, W> {
     fn new(inner: W, progress: &'a mut Progress) -> Self {
-        Self { inner, hasher: Sha256::new(), done: 0, progress }
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            done: 0,
+            progress,
+        }
     }
 
     /// The SHA-256 in hexadecimal.
@@ -303,7 +333,10 @@ fn explain(error: io::Error, action: &str, path: &Path) -> anyhow::Error {
 
 /// The same for an error with an I/O error somewhere in its chain.
 fn advise(error: anyhow::Error, path: &Path) -> anyhow::Error {
-    let kind = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+    let kind = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<io::Error>())
+        .map(io::Error::kind);
     match kind.map(advice) {
         None | Some("") => error,
         Some(advice) => error.context(format!("can't write {}{advice}", path.display())),
@@ -328,7 +361,8 @@ mod tests {
     use super::*;
 
     fn names_differ(a: &str, b: &str) -> bool {
-        directory_name(&Reference::parse(a).unwrap()) != directory_name(&Reference::parse(b).unwrap())
+        directory_name(&Reference::parse(a).unwrap())
+            != directory_name(&Reference::parse(b).unwrap())
     }
 
     #[test]

@@ -44,7 +44,11 @@ pub(crate) fn fetch(reference: &HubReference, progress: &mut Progress) -> Result
 }
 
 fn repo(reference: &HubReference) -> Repo {
-    Repo::with_revision(reference.repo.clone(), RepoType::Model, reference.revision.clone())
+    Repo::with_revision(
+        reference.repo.clone(),
+        RepoType::Model,
+        reference.revision.clone(),
+    )
 }
 
 /// In the hub's cache already, under the revision's name or as a commit that other programs fetched.
@@ -52,7 +56,9 @@ fn cached(reference: &HubReference) -> Option<PathBuf> {
     let file = reference.file.as_ref()?;
     let cache = Cache::from_env().repo(repo(reference));
     let commit = cache.pointer_path(&reference.revision).join(file);
-    cache.get(file).or_else(|| commit.is_file().then_some(commit))
+    cache
+        .get(file)
+        .or_else(|| commit.is_file().then_some(commit))
 }
 
 /// Asks what is in the repository: also the test of whether the hub can be reached at all.
@@ -81,7 +87,10 @@ fn info(repo: &ApiRepo, reference: &HubReference) -> Result<RepoInfo> {
 }
 
 fn only_gguf(info: &RepoInfo, reference: &HubReference) -> Result<String> {
-    let names = info.siblings.iter().map(|sibling| sibling.rfilename.as_str());
+    let names = info
+        .siblings
+        .iter()
+        .map(|sibling| sibling.rfilename.as_str());
     let files: Vec<&str> = names.filter(|name| name.ends_with(".gguf")).collect();
     match files[..] {
         [file] => Ok(file.to_owned()),
@@ -121,16 +130,23 @@ impl hf_hub::api::Progress for Reporter {
 
 /// Downloads on a thread of its own: the hub's client sets no time limits, so a transfer that
 /// stands still can only be left behind.
-fn download(api: Api, reference: &HubReference, file: String, progress: &mut Progress) -> Result<PathBuf> {
+fn download(
+    api: Api,
+    reference: &HubReference,
+    file: String,
+    progress: &mut Progress,
+) -> Result<PathBuf> {
     let transfer = Arc::new(Transfer::default());
     let reporter = Reporter(transfer.clone());
     let repo = api.repo(repo(reference));
     let (sender, result) = mpsc::channel();
     let name = file.clone();
-    std::thread::Builder::new().name("hub-download".into()).spawn(move || {
-        // No receiver: the wait was given up.
-        let _given_up = sender.send(repo.download_with_progress(&name, reporter));
-    })?;
+    std::thread::Builder::new()
+        .name("hub-download".into())
+        .spawn(move || {
+            // No receiver: the wait was given up.
+            let _given_up = sender.send(repo.download_with_progress(&name, reporter));
+        })?;
 
     let mut seen = 0;
     let mut moved = Instant::now();

@@ -8,7 +8,7 @@ mod progress;
 mod reference;
 mod wheel;
 
-pub(crate) use cache::{Cache, Entry};
+pub(crate) use cache::Cache;
 pub(crate) use progress::Progress;
 pub(crate) use reference::{DEFAULT_MODEL, Reference};
 
@@ -34,7 +34,11 @@ pub(crate) struct Resolved {
 }
 
 /// Finds the model, fetching it if it is not here yet. Blocks.
-pub(crate) fn resolve(reference: &Reference, cache: &Cache, progress: &mut Progress) -> Result<Resolved> {
+pub(crate) fn resolve(
+    reference: &Reference,
+    cache: &Cache,
+    progress: &mut Progress,
+) -> Result<Resolved> {
     let path = match reference {
         Reference::Path(path) => local_file(path)?,
         _ => match cache.find(reference) {

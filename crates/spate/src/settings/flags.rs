@@ -20,14 +20,18 @@ impl SettingFlags {
     pub(crate) fn load(&self) -> Result<Loaded> {
         let mut flags = self.given.clone();
         if let Some(model) = &self.model {
-            if flags.iter().any(|(flag, value)| *flag == "model" && value != model) {
+            if flags
+                .iter()
+                .any(|(flag, value)| *flag == "model" && value != model)
+            {
                 bail!("two models were named: '{model}' and one with --model");
             }
             flags.push(("model", model.clone()));
         }
         // Names and values that are not Unicode can't be any of ours.
-        let environment = std::env::vars_os()
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        let environment = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
         Loaded::from_sources(self.config.as_deref(), environment, &flags)
     }
 }
@@ -64,13 +68,19 @@ impl clap::Args for SettingFlags {
 impl FromArgMatches for SettingFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let given = |flag: &'static str| {
-            let values: Vec<&str> = matches.get_many::<String>(flag)?.map(String::as_str).collect();
+            let values: Vec<&str> = matches
+                .get_many::<String>(flag)?
+                .map(String::as_str)
+                .collect();
             Some((flag, values.join(",")))
         };
         Ok(Self {
             model: matches.get_one::<String>("positional-model").cloned(),
             config: matches.get_one::<PathBuf>("config").cloned(),
-            given: SETTINGS.iter().filter_map(|setting| given(setting.flag)).collect(),
+            given: SETTINGS
+                .iter()
+                .filter_map(|setting| given(setting.flag))
+                .collect(),
         })
     }
 

@@ -184,9 +184,14 @@ impl Loaded {
         Ok(())
     }
 
-    fn read_environment(&mut self, variables: impl Iterator<Item = (String, String)>) -> Result<()> {
+    fn read_environment(
+        &mut self,
+        variables: impl Iterator<Item = (String, String)>,
+    ) -> Result<()> {
         for (name, value) in variables {
-            let Some(rest) = name.strip_prefix(ENV_PREFIX) else { continue };
+            let Some(rest) = name.strip_prefix(ENV_PREFIX) else {
+                continue;
+            };
             let key = rest.to_ascii_lowercase();
             match Setting::by_key(&key) {
                 // For a service called "spate" Kubernetes sets SPATE_PORT=tcp://…: not ours.
@@ -243,7 +248,9 @@ impl Settings {
         for setting in SETTINGS {
             let key = setting.key();
             let shown = (setting.show)(self);
-            let origin = origins.get(&key).map_or("default".into(), Origin::to_string);
+            let origin = origins
+                .get(&key)
+                .map_or("default".into(), Origin::to_string);
             let line = match shown.parse::<i64>() {
                 _ if key == "api_key" || shown.is_empty() => format!("# {key} = {shown}"),
                 Ok(number) => format!("{key} = {number}"),

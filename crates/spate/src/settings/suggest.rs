@@ -1,7 +1,10 @@
 //! "Did you mean …": the known name closest to a mistyped one.
 
 /// The candidate nearest to `name`, if it is near enough to be a typing mistake.
-pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(
+    name: &str,
+    candidates: impl Iterator<Item = &'a str>,
+) -> Option<&'a str> {
     let allowed = (name.chars().count() / 3).clamp(1, 3);
     candidates
         .map(|candidate| (distance(name, candidate), candidate))
@@ -40,10 +43,20 @@ mod tests {
     #[test]
     fn only_near_names_are_suggested() {
         let names = ["port", "host", "max_model_len", "max_num_seqs"];
-        assert_eq!(nearest("prot", names.into_iter()), None, "half of a short name is wrong");
+        assert_eq!(
+            nearest("prot", names.into_iter()),
+            None,
+            "half of a short name is wrong"
+        );
         assert_eq!(nearest("ports", names.into_iter()), Some("port"));
-        assert_eq!(nearest("max-model-len", names.into_iter()), Some("max_model_len"));
-        assert_eq!(nearest("max_model_length", names.into_iter()), Some("max_model_len"));
+        assert_eq!(
+            nearest("max-model-len", names.into_iter()),
+            Some("max_model_len")
+        );
+        assert_eq!(
+            nearest("max_model_length", names.into_iter()),
+            Some("max_model_len")
+        );
         assert_eq!(nearest("temperature", names.into_iter()), None);
     }
 }

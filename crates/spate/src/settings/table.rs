@@ -30,18 +30,13 @@ impl Setting {
         self.flag.replace('-', "_")
     }
 
-    /// The environment variable: `SPATE_MAX_MODEL_LEN`.
-    pub(crate) fn variable(&self) -> String {
-        format!("{ENV_PREFIX}{}", self.key().to_ascii_uppercase())
-    }
-
     /// The row with this file key.
     pub(crate) fn by_key(key: &str) -> Option<&'static Setting> {
         SETTINGS.iter().find(|setting| setting.key() == key)
     }
 }
 
-/// What the names of all environment variables begin with.
+/// What the names of all environment variables begin with: `SPATE_MAX_MODEL_LEN`.
 pub(crate) const ENV_PREFIX: &str = "SPATE_";
 
 /// Every setting there is.
@@ -67,7 +62,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "FILE",
         help: "A Jinja chat template to use instead of the model's own",
         is_list: false,
-        set: |s, v| set(&mut s.chat_template, non_empty(v).map(|v| Some(PathBuf::from(v)))),
+        set: |s, v| {
+            set(
+                &mut s.chat_template,
+                non_empty(v).map(|v| Some(PathBuf::from(v))),
+            )
+        },
         show: |s| path(&s.chat_template),
     },
     Setting {
@@ -83,7 +83,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "PORT",
         help: "The port to listen on; 0 takes any free one",
         is_list: false,
-        set: |s, v| set(&mut s.port, parse_number(v, 0, u16::MAX.into()).map(|n| n as u16)),
+        set: |s, v| {
+            set(
+                &mut s.port,
+                parse_number(v, 0, u16::MAX.into()).map(|n| n as u16),
+            )
+        },
         show: |s| s.port.to_string(),
     },
     Setting {
@@ -102,7 +107,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "FILE",
         help: "A file with one API key a line",
         is_list: false,
-        set: |s, v| set(&mut s.api_key_file, non_empty(v).map(|v| Some(PathBuf::from(v)))),
+        set: |s, v| {
+            set(
+                &mut s.api_key_file,
+                non_empty(v).map(|v| Some(PathBuf::from(v))),
+            )
+        },
         show: |s| path(&s.api_key_file),
     },
     Setting {
@@ -110,7 +120,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "TOKENS",
         help: "Most tokens of prompt and output together; auto is what the model and the KV cache allow",
         is_list: false,
-        set: |s, v| set(&mut s.max_model_len, auto(v, |v| parse_number(v, 1, 1 << 24).map(|n| n as u32))),
+        set: |s, v| {
+            set(
+                &mut s.max_model_len,
+                auto(v, |v| parse_number(v, 1, 1 << 24).map(|n| n as u32)),
+            )
+        },
         show: |s| s.max_model_len.map_or("auto".into(), |n| n.to_string()),
     },
     Setting {
@@ -118,7 +133,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "N",
         help: "Sequences that generate at once",
         is_list: false,
-        set: |s, v| set(&mut s.max_num_seqs, parse_number(v, 1, 4096).map(|n| n as u32)),
+        set: |s, v| {
+            set(
+                &mut s.max_num_seqs,
+                parse_number(v, 1, 4096).map(|n| n as u32),
+            )
+        },
         show: |s| s.max_num_seqs.to_string(),
     },
     Setting {
@@ -126,7 +146,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "TOKENS",
         help: "Most tokens computed in one step; at least max-num-seqs",
         is_list: false,
-        set: |s, v| set(&mut s.max_num_batched_tokens, parse_number(v, 1, 1 << 16).map(|n| n as u32)),
+        set: |s, v| {
+            set(
+                &mut s.max_num_batched_tokens,
+                parse_number(v, 1, 1 << 16).map(|n| n as u32),
+            )
+        },
         show: |s| s.max_num_batched_tokens.to_string(),
     },
     Setting {
@@ -134,13 +159,18 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "N",
         help: "Sequences that may wait; further requests get 429",
         is_list: false,
-        set: |s, v| set(&mut s.max_queue, parse_number(v, 1, 1 << 20).map(|n| n as u32)),
+        set: |s, v| {
+            set(
+                &mut s.max_queue,
+                parse_number(v, 1, 1 << 20).map(|n| n as u32),
+            )
+        },
         show: |s| s.max_queue.to_string(),
     },
     Setting {
         flag: "block-size",
         value: "TOKENS",
-        help: "Tokens in one KV-cache block, a power of two",
+        help: "Tokens in one KV-cache block: 16, 32, 64, 128 or 256",
         is_list: false,
         set: |s, v| set(&mut s.block_size, block_size(v)),
         show: |s| s.block_size.to_string(),
@@ -214,7 +244,12 @@ pub(crate) static SETTINGS: &[Setting] = &[
         value: "N",
         help: "Connections served at once; further ones wait",
         is_list: false,
-        set: |s, v| set(&mut s.max_connections, parse_number(v, 1, 1 << 20).map(|n| n as usize)),
+        set: |s, v| {
+            set(
+                &mut s.max_connections,
+                parse_number(v, 1, 1 << 20).map(|n| n as usize),
+            )
+        },
         show: |s| s.max_connections.to_string(),
     },
     Setting {
@@ -252,7 +287,8 @@ fn list(text: &str) -> Result<Vec<String>, String> {
 }
 
 fn path(path: &Option<PathBuf>) -> String {
-    path.as_ref().map_or(String::new(), |p| p.display().to_string())
+    path.as_ref()
+        .map_or(String::new(), |p| p.display().to_string())
 }
 
 fn auto<T>(text: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<Option<T>, String> {
@@ -264,7 +300,7 @@ fn auto<T>(text: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<
 
 fn block_size(text: &str) -> Result<u32, String> {
     match parse_number(text, 1, 256)? as u32 {
-        size if size.is_power_of_two() => Ok(size),
-        size => Err(format!("{size} is not a power of two")),
+        size if size >= 16 && size.is_power_of_two() => Ok(size),
+        size => Err(format!("{size} is not 16, 32, 64, 128 or 256")),
     }
 }

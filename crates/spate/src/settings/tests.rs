@@ -2,12 +2,17 @@
 
 use super::*;
 
-fn load(file: Option<&str>, env: &[(&str, &str)], flags: &[(&'static str, &str)]) -> Result<Loaded> {
+fn load(
+    file: Option<&str>,
+    env: &[(&str, &str)],
+    flags: &[(&'static str, &str)],
+) -> Result<Loaded> {
     let path = file.map(|text| {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("spate-settings-{}-{n}.toml", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("spate-settings-{}-{n}.toml", std::process::id()));
         std::fs::write(&path, text).unwrap();
         path
     });
@@ -29,7 +34,10 @@ fn the_table_covers_the_struct_and_stays_small() {
     assert!(SETTINGS.len() <= 25);
     // Each row reads back what it shows, so a row that names the wrong field can't hide.
     for (i, setting) in SETTINGS.iter().enumerate() {
-        assert_eq!(SETTINGS.iter().position(|s| s.flag == setting.flag), Some(i));
+        assert_eq!(
+            SETTINGS.iter().position(|s| s.flag == setting.flag),
+            Some(i)
+        );
         let shown = (setting.show)(&Settings::default());
         if !shown.is_empty() {
             let mut settings = Settings::default();
@@ -49,16 +57,26 @@ fn flags_come_before_the_environment_before_the_file() {
     assert_eq!(loaded.settings.max_queue, 7);
     assert!(!loaded.settings.enable_prefix_caching);
     assert_eq!(loaded.origins["port"], Origin::Flag("port"));
-    assert_eq!(loaded.origins["host"], Origin::Variable("SPATE_HOST".into()));
+    assert_eq!(
+        loaded.origins["host"],
+        Origin::Variable("SPATE_HOST".into())
+    );
     assert!(matches!(loaded.origins["max_queue"], Origin::File(_)));
     assert!(!loaded.origins.contains_key("block_size"));
 }
 
 #[test]
 fn a_mistyped_name_is_refused_with_the_right_one() {
-    assert!(error(Some("max_model_length = 5"), &[], &[]).contains("did you mean 'max_model_len'?"));
-    assert!(error(Some("zzz = 5"), &[], &[]).contains("unknown setting 'zzz'; `spate serve --print-config`"));
-    assert!(error(None, &[("SPATE_MAX_NUM_SEQ", "5")], &[]).contains("did you mean 'max_num_seqs'?"));
+    assert!(
+        error(Some("max_model_length = 5"), &[], &[]).contains("did you mean 'max_model_len'?")
+    );
+    assert!(
+        error(Some("zzz = 5"), &[], &[])
+            .contains("unknown setting 'zzz'; `spate serve --print-config`")
+    );
+    assert!(
+        error(None, &[("SPATE_MAX_NUM_SEQ", "5")], &[]).contains("did you mean 'max_num_seqs'?")
+    );
     assert!(error(Some("[server]\nport = 1"), &[], &[]).contains("unknown setting 'server'"));
 }
 
@@ -68,17 +86,22 @@ fn a_bad_value_names_the_setting_and_where_it_was_set() {
         error(None, &[], &[("port", "65536")]),
         "port (--port): '65536' is not a whole number from 0 to 65535"
     );
-    assert!(error(None, &[("SPATE_CPU_MODE", "quick")], &[]).starts_with(
-        "cpu_mode (environment SPATE_CPU_MODE): 'quick' is not one of exact, fast"
-    ));
+    assert!(
+        error(None, &[("SPATE_CPU_MODE", "quick")], &[]).starts_with(
+            "cpu_mode (environment SPATE_CPU_MODE): 'quick' is not one of exact, fast"
+        )
+    );
     assert!(error(Some("port = [1]"), &[], &[]).contains("'port' has a value of the wrong type"));
-    assert!(error(None, &[], &[("block-size", "24")]).contains("not a power of two"));
+    assert!(error(None, &[], &[("block-size", "24")]).contains("not 16, 32, 64"));
     assert!(error(None, &[], &[("max-num-seqs", "600")]).contains("max_num_batched_tokens (512)"));
 }
 
 #[test]
 fn other_peoples_variables_are_left_alone() {
-    let env = [("SPATE_SERVICE_HOST", "10.0.0.1"), ("SPATE_PORT", "tcp://10.0.0.1:8000")];
+    let env = [
+        ("SPATE_SERVICE_HOST", "10.0.0.1"),
+        ("SPATE_PORT", "tcp://10.0.0.1:8000"),
+    ];
     assert_eq!(load(None, &env, &[]).unwrap(), Loaded::default());
 }
 

@@ -14,7 +14,11 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         "k" | "kib" => 1 << 10,
         "m" | "mib" => 1 << 20,
         "g" | "gib" => 1 << 30,
-        _ => return Err(format!("'{text}' is not a size; write 512MiB, 1GiB or bytes")),
+        _ => {
+            return Err(format!(
+                "'{text}' is not a size; write 512MiB, 1GiB or bytes"
+            ));
+        }
     };
     let number: f64 = number
         .parse()
@@ -96,7 +100,9 @@ pub(crate) fn parse_switch(text: &str) -> Result<bool, String> {
 pub(crate) fn parse_number(text: &str, min: u64, max: u64) -> Result<u64, String> {
     match text.parse() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),
-        _ => Err(format!("'{text}' is not a whole number from {min} to {max}")),
+        _ => Err(format!(
+            "'{text}' is not a whole number from {min} to {max}"
+        )),
     }
 }
 
@@ -125,7 +131,17 @@ mod tests {
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "GiB", "-1", "1e9", "1XB", "1.2.3", "99999999999GiB", "NaN", "inf"] {
+        for text in [
+            "",
+            "GiB",
+            "-1",
+            "1e9",
+            "1XB",
+            "1.2.3",
+            "99999999999GiB",
+            "NaN",
+            "inf",
+        ] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

@@ -1,0 +1,357 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use spate_executor::{
+    Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
+};
+use spate_model::{Gguf, LoadError, ModelConfig, Transformer, Weights, rope_factors};
+use spate_types::Slot;
+
+use crate::kv::{KvCache, KvPool, KvShape, TILE};
+use crate::linear::Isa;
+use crate::ops::CpuOps;
+use crate::rope;
+use crate::slots::SlotState;
+use crate::step::Step;
+use crate::weights::{CpuLoader, Matrix};
+use crate::{CpuError, MAX_HEAD_DIM, ThreadPool};
+
+/// Batches that may wait for their completion.
+const DEPTH: u32 = 2;
+
+const MAX_BLOCK_SIZE: usize = 1024;
+
+/// How numbers are represented.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CpuMode {
+    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32. The oracle.
+    Exact,
+    /// Weights stay quantised and meet int8 activations, the KV cache is float16.
+    Fast,
+}
+
+/// Settings of the CPU backend.
+#[derive(Debug, Clone)]
+pub struct CpuConfig {
+    /// How numbers are represented.
+    pub mode: CpuMode,
+    /// Threads that compute; 0 takes all cores.
+    pub threads: usize,
+    /// Positions in a KV block; a multiple of 16, at most 1024.
+    pub block_size: u32,
+    /// Size of the KV pool.
+    pub kv_cache_bytes: u64,
+    /// Most positions in one sequence; 0 takes the model's context length.
+    pub max_seq_len: u32,
+    /// Sequences that can be alive at once.
+    pub slots: u32,
+    /// Most input tokens in one step.
+    pub max_batch_tokens: u32,
+}
+
+/// Runs a model on the CPU: one step thread, which takes batches in order, and a pool that shares
+/// the work of a step.
+pub struct CpuExecutor {
+    contract: Contract,
+    budget: Vec<(&'static str, u64)>,
+    next_ticket: u64,
+    /// Dropped to end the thread.
+    commands: Option<Sender<Command>>,
+    completions: Receiver<Result<Completion, String>>,
+    thread: Option<JoinHandle<()>>,
+    /// Why no completion will come any more.
+    fatal: Option<String>,
+}
+
+enum Command {
+    Run(Ticket, Batch),
+    Release(Slot),
+}
+
+impl CpuExecutor {
+    /// Loads a model. Calls `progress` with the share that is done, from 0 to 1.
+    ///
+    /// # Errors
+    /// When the file, the settings or the system don't allow it; the message says which.
+    pub fn load(
+        gguf: &Gguf,
+        config: &CpuConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, CpuError> {
+        let model = ModelConfig::from_gguf(gguf)?;
+        let shape = kv_shape(&model, config)?;
+        let capacity = capacity(&model, config, &shape)?;
+        let pool = ThreadPool::new(config.threads).map_err(CpuError::Thread)?;
+        let loader = CpuLoader::new(config.mode)?;
+        let weights = Weights::load(gguf, &model, &loader, pool.threads(), progress);
+        let weights = weights.map_err(|e| match e {
+            LoadError::Model(e) => CpuError::Model(e),
+            LoadError::Backend(e) => CpuError::Quant(e),
+        })?;
+        let factors = rope_factors(gguf, &model)?;
+        let rates = rope::rates(&model.rope, factors.as_deref());
+        let (kv, elem) = match config.mode {
+            CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),
+            CpuMode::Fast => (KvCache::F16(KvPool::new(shape)?), size_of::<u16>()),
+        };
+        let tokens = config.max_batch_tokens as usize;
+        let mut ops = CpuOps::new(pool, &model, kv, config.slots as usize, tokens)?;
+        let weight_bytes = weight_bytes(&weights);
+        let transformer = Transformer::new(model, weights, &mut ops)?;
+        let budget = vec![
+            ("weights", weight_bytes),
+            ("KV cache", shape.block_bytes(elem) * shape.blocks as u64),
+            ("activations", ops.activation_bytes()),
+        ];
+        let worker = Worker {
+            ops,
+            transformer,
+            rates,
+            step: Step::default(),
+        };
+        Self::start(capacity, budget, worker)
+    }
+
+    fn start(
+        capacity: Capacity,
+        budget: Vec<(&'static str, u64)>,
+        worker: Worker,
+    ) -> Result<Self, CpuError> {
+        let (commands, inbox) = mpsc::channel();
+        let (outbox, completions) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("spate-step".into())
+            .spawn(move || worker.run(&inbox, &outbox))
+            .map_err(CpuError::Thread)?;
+        Ok(Self {
+            contract: Contract::new(capacity),
+            budget,
+            next_ticket: 0,
+            commands: Some(commands),
+            completions,
+            thread: Some(thread),
+            fatal: None,
+        })
+    }
+
+    /// What the memory went to, in bytes.
+    pub fn memory_budget(&self) -> Vec<(&'static str, u64)> {
+        self.budget.clone()
+    }
+
+    /// The instruction set that the kernels use.
+    pub fn simd(&self) -> &'static str {
+        Isa::best().name()
+    }
+
+    fn fatal(&mut self, why: String) -> ExecutorError {
+        ExecutorError::Fatal(self.fatal.get_or_insert(why).clone())
+    }
+
+    fn send(&mut self, command: Command) -> Result<(), ExecutorError> {
+        let sent = match &self.commands {
+            Some(commands) if self.fatal.is_none() => commands.send(command).is_ok(),
+            _ => false,
+        };
+        if sent {
+            Ok(())
+        } else {
+            Err(self.fatal("the step thread has ended".into()))
+        }
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn capacity(&self) -> &Capacity {
+        self.contract.capacity()
+    }
+
+    fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError> {
+        self.contract.submit(lane, &batch)?;
+        let ticket = Ticket(self.next_ticket);
+        self.send(Command::Run(ticket, batch))?;
+        self.next_ticket += 1;
+        Ok(ticket)
+    }
+
+    fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
+        if let Some(why) = &self.fatal {
+            return Err(ExecutorError::Fatal(why.clone()));
+        }
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        match self.completions.recv_timeout(timeout) {
+            Ok(Ok(completion)) => {
+                self.contract.complete(Lane::Main);
+                Ok(Some(completion))
+            }
+            Ok(Err(why)) => Err(self.fatal(why)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(self.fatal("the step thread has ended".into()))
+            }
+        }
+    }
+
+    fn release(&mut self, slot: Slot) {
+        if self.contract.release(slot).is_err() {
+            return; // a slot in use keeps what it needs
+        }
+        // A lost thread shows itself at the next submit or wait.
+        let _ = self.send(Command::Release(slot));
+    }
+}
+
+impl Drop for CpuExecutor {
+    fn drop(&mut self) {
+        self.commands = None;
+        if let Some(thread) = self.thread.take() {
+            // It catches the panics of steps; there is nothing to learn from another.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the step thread owns.
+struct Worker {
+    ops: CpuOps,
+    transformer: Transformer<CpuOps>,
+    /// Radians per position of each rotated pair.
+    rates: Vec<f64>,
+    step: Step,
+}
+
+impl Worker {
+    /// Runs batches until the executor is dropped or one of them panics.
+    fn run(mut self, inbox: &Receiver<Command>, outbox: &Sender<Result<Completion, String>>) {
+        for command in inbox {
+            match command {
+                Command::Release(slot) => {
+                    if let Some(slot) = self.ops.slots.get_mut(slot.0 as usize) {
+                        *slot = None;
+                    }
+                }
+                Command::Run(ticket, batch) => {
+                    let start = Instant::now();
+                    let outputs = catch_unwind(AssertUnwindSafe(|| self.step(batch)));
+                    let done = match outputs {
+                        Ok(Ok(outputs)) => Ok(Completion {
+                            ticket,
+                            outputs,
+                            busy: start.elapsed(),
+                        }),
+                        Ok(Err(error)) => Err(error.to_string()),
+                        Err(panic) => Err(format!("a step panicked: {}", message(&*panic))),
+                    };
+                    let failed = done.is_err();
+                    if outbox.send(done).is_err() || failed {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn step(&mut self, mut batch: Batch) -> Result<Vec<RowOutput>, CpuError> {
+        for copy in batch.copies.drain(..) {
+            self.ops.copy_block(copy);
+        }
+        for row in &mut batch.rows {
+            if let Some(bind) = row.bind.take() {
+                self.ops.slots[row.slot.0 as usize] = Some(SlotState::new(bind));
+            }
+        }
+        self.step.fill(&batch, &self.ops.slots, &self.rates);
+        let layers = 0..self.transformer.config().layers;
+        self.transformer
+            .forward(&mut self.ops, &mut self.step, layers)?;
+        Ok(std::mem::take(&mut self.step.outputs))
+    }
+}
+
+fn message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message")
+}
+
+fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError> {
+    let (block_size, tile) = (config.block_size as usize, TILE);
+    if !(tile..=MAX_BLOCK_SIZE).contains(&block_size) || !block_size.is_multiple_of(tile) {
+        return Err(CpuError::Config(format!(
+            "block size {block_size} is not a multiple of {tile} up to {MAX_BLOCK_SIZE}"
+        )));
+    }
+    let head_dim = model.head_dim;
+    if !head_dim.is_multiple_of(tile) || head_dim > MAX_HEAD_DIM {
+        return Err(CpuError::Config(format!(
+            "the CPU backend needs heads of a multiple of {tile} up to {MAX_HEAD_DIM}; the model's have {head_dim}"
+        )));
+    }
+    let mut shape = KvShape {
+        layers: model.layers,
+        kv_heads: model.kv_heads,
+        head_dim,
+        blocks: 0,
+        block_size,
+    };
+    let elem = match config.mode {
+        CpuMode::Exact => size_of::<f32>(),
+        CpuMode::Fast => size_of::<u16>(),
+    };
+    let blocks = config.kv_cache_bytes / shape.block_bytes(elem);
+    shape.blocks = blocks.min(u32::MAX.into()) as usize;
+    if shape.blocks == 0 {
+        return Err(CpuError::Config(format!(
+            "a KV cache of {} bytes has no room for one block of {block_size} tokens ({} bytes)",
+            config.kv_cache_bytes,
+            shape.block_bytes(elem)
+        )));
+    }
+    Ok(shape)
+}
+
+fn capacity(
+    model: &ModelConfig,
+    config: &CpuConfig,
+    shape: &KvShape,
+) -> Result<Capacity, CpuError> {
+    let context = model.context_len as u32;
+    let max_seq_len = match config.max_seq_len {
+        0 => context,
+        len if len <= context => len,
+        len => {
+            return Err(CpuError::Config(format!(
+                "a sequence length of {len} is more than the model's context of {context}"
+            )));
+        }
+    };
+    for (name, value) in [
+        ("slots", config.slots),
+        ("max_batch_tokens", config.max_batch_tokens),
+    ] {
+        if value == 0 {
+            return Err(CpuError::Config(format!("{name} must be at least 1")));
+        }
+    }
+    Ok(Capacity {
+        slots: config.slots,
+        blocks: shape.blocks as u32,
+        block_size: config.block_size,
+        max_batch_tokens: config.max_batch_tokens,
+        max_seq_len,
+        vocab_size: model.vocab_size as u32,
+        lanes: vec![Lane::Main],
+        depth: DEPTH,
+    })
+}
+
+fn weight_bytes(weights: &Weights<Matrix, Vec<f32>>) -> u64 {
+    let layers = weights.layers.iter();
+    let matrices = layers.flat_map(|l| [&l.qkv, &l.attn_out, &l.gate_up, &l.down]);
+    let tables = [Some(&weights.embedding), weights.head.as_ref()];
+    let matrices = matrices.chain(tables.into_iter().flatten());
+    // Norms are a thousandth of it.
+    matrices.map(Matrix::bytes).sum()
+}

@@ -1,0 +1,456 @@
+use std::ops::Range;
+
+use spate_executor::BlockCopy;
+use spate_model::{Activation, ModelConfig, Ops};
+use spate_types::{Logprobs, SampledToken};
+
+use crate::attention::Attention;
+use crate::kv::{KvCache, KvPool};
+use crate::linear::{Column, Isa, Scratch, linear};
+use crate::math::{ActMul, RmsNorm};
+use crate::pool::Disjoint;
+use crate::rope::NormRotate;
+use crate::sampler;
+use crate::slots::SlotState;
+use crate::step::{Span, Step, Wanted};
+use crate::weights::Matrix;
+use crate::{CpuError, ThreadPool};
+
+/// Positions whose logits exist at the same time.
+const LOGIT_TILE: usize = 16;
+
+/// Tokens that elementwise loops do on one thread: fewer are not worth waking another.
+const TASK_TOKENS: usize = 8;
+
+/// [`Ops`] on the CPU, with everything that lives on the "device" beside the weights.
+pub(crate) struct CpuOps {
+    isa: Isa,
+    pool: ThreadPool,
+    config: ModelConfig,
+    max_tokens: usize,
+    /// Bytes that [`Ops::alloc`] gave out.
+    allocated: u64,
+    kv: KvCache,
+    pub(crate) slots: Vec<Option<SlotState>>,
+    scratch: Scratch,
+    /// Hidden states of a tile of positions that want logits, `[LOGIT_TILE, hidden]`.
+    picked: Act,
+    /// `[LOGIT_TILE, vocab_size]`
+    logits: Act,
+    sampling: Vec<sampler::Scratch>,
+}
+
+/// Activations, `[tokens, width]`; those of a stacked matrix as [`Matrix`] says.
+pub(crate) struct Act {
+    width: usize,
+    data: Box<[f32]>,
+}
+
+impl Act {
+    fn new(rows: usize, width: usize) -> Result<Self, CpuError> {
+        let mut data = Vec::new();
+        let len = rows.saturating_mul(width);
+        data.try_reserve_exact(len)
+            .map_err(|_| CpuError::OutOfMemory {
+                what: "activations",
+                bytes: len.saturating_mul(size_of::<f32>()),
+            })?;
+        data.resize(len, 0.0);
+        Ok(Self {
+            width,
+            data: data.into(),
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.data)
+    }
+
+    fn rows(&self, count: usize) -> &[f32] {
+        &self.data[..count * self.width]
+    }
+
+    fn rows_mut(&mut self, count: usize) -> &mut [f32] {
+        &mut self.data[..count * self.width]
+    }
+}
+
+impl CpuOps {
+    pub(crate) fn new(
+        pool: ThreadPool,
+        config: &ModelConfig,
+        kv: KvCache,
+        slots: usize,
+        max_tokens: usize,
+    ) -> Result<Self, CpuError> {
+        let c = config;
+        let widest = c.hidden.max(c.q_width()).max(c.ffn);
+        Ok(Self {
+            isa: Isa::best(),
+            scratch: Scratch::new(max_tokens, widest),
+            pool,
+            max_tokens,
+            allocated: 0,
+            kv,
+            slots: (0..slots).map(|_| None).collect(),
+            picked: Act::new(LOGIT_TILE, c.hidden)?,
+            logits: Act::new(LOGIT_TILE, c.vocab_size)?,
+            sampling: (0..LOGIT_TILE).map(|_| Default::default()).collect(),
+            config: config.clone(),
+        })
+    }
+
+    /// Bytes of all activations and scratch memory, once the transformer has its share.
+    pub(crate) fn activation_bytes(&self) -> u64 {
+        let logits = self.picked.bytes() + self.logits.bytes();
+        self.allocated + (logits + self.scratch.bytes()) as u64
+    }
+
+    pub(crate) fn copy_block(&mut self, copy: BlockCopy) {
+        self.kv.copy(copy);
+    }
+
+    /// Elements that one task takes of a buffer of `width`.
+    fn chunk(&self, step: &Step, width: usize) -> usize {
+        let tasks = self.pool.threads() * 4;
+        step.tokens.len().div_ceil(tasks).max(TASK_TOKENS) * width
+    }
+}
+
+/// `out = x * matrix^T (+ bias)` for `m` rows.
+fn apply(
+    pool: &ThreadPool,
+    scratch: &mut Scratch,
+    matrix: &Matrix,
+    x: &[f32],
+    m: usize,
+    out: &mut [f32],
+) {
+    let mut rest = out;
+    let mut outs = Vec::with_capacity(matrix.parts.len());
+    for part in &matrix.parts {
+        let (out, tail) = rest.split_at_mut(m * part.rows());
+        outs.push(out);
+        rest = tail;
+    }
+    let parts: Vec<_> = matrix.parts.iter().collect();
+    linear(pool, &parts, x, m, &mut outs, scratch);
+    let Some(mut bias) = matrix.bias.as_deref() else {
+        return;
+    };
+    for (part, out) in parts.iter().zip(outs) {
+        let (own, tail) = bias.split_at(part.rows());
+        for row in out.chunks_exact_mut(own.len()) {
+            row.iter_mut().zip(own).for_each(|(out, b)| *out += b);
+        }
+        bias = tail;
+    }
+}
+
+impl Ops for CpuOps {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Act = Act;
+    type Step = Step;
+    type Error = CpuError;
+
+    fn alloc(&mut self, width: usize) -> Result<Act, CpuError> {
+        let act = Act::new(self.max_tokens, width)?;
+        self.allocated += act.bytes() as u64;
+        Ok(act)
+    }
+
+    fn embed(
+        &mut self,
+        step: &Step,
+        table: &Matrix,
+        scale: f32,
+        out: &mut Act,
+    ) -> Result<(), CpuError> {
+        let width = out.width;
+        let chunk = self.chunk(step, width);
+        let out = out.rows_mut(step.tokens.len());
+        self.pool.run_chunks(out, chunk, |i, out| {
+            let tokens = &step.tokens[i * (chunk / width)..];
+            for (&token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
+                table.parts[0].row_to_f32(token as usize, row);
+                row.iter_mut().for_each(|x| *x *= scale);
+            }
+        });
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        step: &Step,
+        delta: Option<&Act>,
+        residual: &mut Act,
+        norm: &Vec<f32>,
+        out: &mut Act,
+    ) -> Result<(), CpuError> {
+        let (m, width, eps) = (step.tokens.len(), out.width, self.config.norm_eps);
+        let chunk = self.chunk(step, width);
+        let residual = residual.rows_mut(m);
+        if let Some(delta) = delta {
+            self.pool.run_chunks(residual, chunk, |i, residual| {
+                let delta = &delta.rows(m)[i * chunk..];
+                residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d);
+            });
+        }
+        let residual = &*residual;
+        self.pool.run_chunks(out.rows_mut(m), chunk, |i, out| {
+            let x = residual[i * chunk..].chunks_exact(width);
+            for (x, out) in x.zip(out.chunks_exact_mut(width)) {
+                self.isa.run(RmsNorm { x, norm, eps, out });
+            }
+        });
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        step: &Step,
+        matrix: &Matrix,
+        x: &Act,
+        out: &mut Act,
+    ) -> Result<(), CpuError> {
+        let m = step.tokens.len();
+        let (x, out) = (x.rows(m), out.rows_mut(m));
+        apply(&self.pool, &mut self.scratch, matrix, x, m, out);
+        Ok(())
+    }
+
+    fn qk_norm_rope_append(
+        &mut self,
+        step: &Step,
+        layer: usize,
+        norms: Option<(&Vec<f32>, &Vec<f32>)>,
+        qkv: &mut Act,
+    ) -> Result<(), CpuError> {
+        let m = step.tokens.len();
+        let (q_width, kv_width) = (self.config.q_width(), self.config.kv_width());
+        let (q, rest) = qkv.rows_mut(m).split_at_mut(m * q_width);
+        let (k, v) = rest.split_at_mut(m * kv_width);
+        let pairs = self.config.rope.dims / 2;
+        let (q_norm, k_norm) = norms.unzip();
+        for (x, width, norm) in [(q, q_width, q_norm), (&mut *k, kv_width, k_norm)] {
+            let chunk = self.chunk(step, width);
+            self.pool.run_chunks(x, chunk, |i, x| {
+                let (first, count) = (i * (chunk / width), x.len() / width);
+                self.isa.run(NormRotate {
+                    x,
+                    width,
+                    head_dim: self.config.head_dim,
+                    rotations: &step.rotations[first * pairs..][..count * pairs],
+                    pairing: self.config.rope.pairing,
+                    norm: norm.map(|n| (n.as_slice(), self.config.norm_eps)),
+                });
+            });
+        }
+        match &mut self.kv {
+            KvCache::F32(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::F16(kv) => append(&self.pool, kv, step, layer, k, v),
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        step: &Step,
+        layer: usize,
+        qkv: &Act,
+        out: &mut Act,
+    ) -> Result<(), CpuError> {
+        match &self.kv {
+            KvCache::F32(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::F16(kv) => self.attend(kv, step, layer, qkv, out),
+        }
+        Ok(())
+    }
+
+    fn act_mul(
+        &mut self,
+        step: &Step,
+        activation: Activation,
+        gate_up: &Act,
+        out: &mut Act,
+    ) -> Result<(), CpuError> {
+        let m = step.tokens.len();
+        let chunk = self.chunk(step, out.width);
+        let (gate, up) = gate_up.rows(m).split_at(m * out.width);
+        self.pool.run_chunks(out.rows_mut(m), chunk, |i, out| {
+            let range = i * chunk..i * chunk + out.len();
+            self.isa.run(ActMul {
+                activation,
+                gate: &gate[range.clone()],
+                up: &up[range],
+                out,
+            });
+        });
+        Ok(())
+    }
+
+    fn check(&mut self, step: &mut Step, x: &Act) -> Result<(), CpuError> {
+        let x = x.rows(step.tokens.len());
+        for (row, output) in step.rows.iter().zip(&mut step.outputs) {
+            let last = &x[row.last * self.config.hidden..][..self.config.hidden];
+            output.failed |= !sampler::finite(self.isa, last);
+        }
+        Ok(())
+    }
+
+    fn logit_tiles(&self, step: &Step) -> Range<usize> {
+        0..step.wanted.len().div_ceil(LOGIT_TILE)
+    }
+
+    fn logits(&mut self, step: &Step, tile: usize, head: &Matrix, x: &Act) -> Result<(), CpuError> {
+        let wanted = tile_of(step, tile);
+        let picked = self.picked.data.chunks_exact_mut(x.width);
+        for (wanted, picked) in wanted.iter().zip(picked) {
+            picked.copy_from_slice(&x.data[wanted.token * x.width..][..x.width]);
+        }
+        let m = wanted.len();
+        let (picked, logits) = (self.picked.rows(m), self.logits.rows_mut(m));
+        apply(&self.pool, &mut self.scratch, head, picked, m, logits);
+        Ok(())
+    }
+
+    fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CpuError> {
+        let wanted = tile_of(step, tile);
+        let logits = self.logits.data.chunks_exact_mut(self.logits.width);
+        let buffers = logits.zip(&mut self.sampling);
+        let mut choices: Vec<Choice<'_>> = wanted
+            .iter()
+            .zip(buffers)
+            .map(|(&wanted, (logits, scratch))| Choice {
+                wanted,
+                logits,
+                scratch,
+                result: None,
+            })
+            .collect();
+        let (isa, shared, slots) = (self.isa, &*step, &self.slots);
+        self.pool.run_chunks(&mut choices, 1, |_, choices| {
+            choices.iter_mut().for_each(|c| c.make(isa, shared, slots));
+        });
+        for Choice { wanted, result, .. } in choices {
+            let slot = step.rows[wanted.row].slot.0 as usize;
+            let slot = self.slots[slot].as_mut().expect("rows are bound");
+            let output = &mut step.outputs[wanted.row];
+            let Some((logprobs, sampled)) = result else {
+                output.failed = true;
+                slot.last = None;
+                continue;
+            };
+            output.prompt_logprobs.extend(logprobs);
+            if let Some(sampled) = sampled {
+                slot.sampled(sampled.token);
+                output.sampled = Some(sampled);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn tile_of(step: &Step, tile: usize) -> &[Wanted] {
+    let end = step.wanted.len().min((tile + 1) * LOGIT_TILE);
+    &step.wanted[tile * LOGIT_TILE..end]
+}
+
+/// A wanted position with its logits on the way to a result.
+struct Choice<'a> {
+    wanted: Wanted,
+    logits: &'a mut [f32],
+    scratch: &'a mut sampler::Scratch,
+    /// Absent if the logits are not finite.
+    result: Option<(Option<Logprobs>, Option<SampledToken>)>,
+}
+
+impl Choice<'_> {
+    fn make(&mut self, isa: Isa, step: &Step, slots: &[Option<SlotState>]) {
+        let Self {
+            wanted,
+            logits,
+            scratch,
+            result,
+        } = self;
+        if step.outputs[wanted.row].failed || !sampler::finite(isa, logits) {
+            return;
+        }
+        let slot = slots[step.rows[wanted.row].slot.0 as usize].as_ref();
+        let slot = slot.expect("rows are bound");
+        let logprobs = wanted.target.map(|target| {
+            let k = slot.sampling.prompt_logprobs.unwrap_or(0);
+            sampler::logprobs(isa, logits, target, k, scratch)
+        });
+        let position = step.positions[wanted.token] + 1;
+        let sampled = wanted
+            .sample
+            .then(|| sampler::sample(isa, logits, slot, position, scratch));
+        *result = Some((logprobs, sampled));
+    }
+}
+
+/// Writes the keys and values of a step, `[tokens, kv_heads * head_dim]` each; heads in parallel.
+fn append<C: Column>(
+    pool: &ThreadPool,
+    kv: &mut KvPool<C>,
+    step: &Step,
+    layer: usize,
+    keys: &[f32],
+    values: &[f32],
+) {
+    let shape = kv.shape;
+    let (dim, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+    let heads = kv.layer_mut(layer);
+    let few = step.tokens.len() < TASK_TOKENS;
+    let per_task = if few { heads.len() } else { 1 };
+    pool.run_chunks(heads, per_task, |i, heads| {
+        for (h, head) in heads.iter_mut().enumerate() {
+            let offset = (i * per_task + h) * dim;
+            for (t, (&position, &row)) in step.positions.iter().zip(&step.row_of).enumerate() {
+                let at = t * width + offset;
+                let (key, value) = (&keys[at..at + dim], &values[at..at + dim]);
+                let blocks = &step.rows[row].blocks;
+                head.append(&shape, blocks, position as usize, key, value);
+            }
+        }
+    });
+}
+
+impl CpuOps {
+    fn attend<C: Column>(
+        &self,
+        kv: &KvPool<C>,
+        step: &Step,
+        layer: usize,
+        qkv: &Act,
+        out: &mut Act,
+    ) {
+        let c = &self.config;
+        let m = step.tokens.len();
+        let queries = &qkv.rows(m)[..m * c.q_width()];
+        let out = Disjoint::new(out.rows_mut(m));
+        let layer = kv.layer(layer);
+        self.pool.run(step.spans.len() * c.kv_heads, |task| {
+            // The spans at the end of a prompt see the most positions: they go first.
+            let span = step.spans.len() - 1 - task / c.kv_heads;
+            let Span { row, token, count } = step.spans[span];
+            let kv_head = task % c.kv_heads;
+            self.isa.run(Attention {
+                shape: &kv.shape,
+                kv: &layer[kv_head],
+                blocks: &step.rows[row].blocks,
+                queries,
+                out: &out,
+                token,
+                position: step.positions[token] as usize,
+                tokens: count,
+                heads: c.heads,
+                head: kv_head * c.heads_per_kv(),
+                group: c.heads_per_kv(),
+                scale: c.attention_scale,
+            });
+        });
+    }
+}

@@ -1,0 +1,211 @@
+//! A little engine: drives one executor for a few sequences at a time.
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub)] // each test uses a part
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput};
+use spate_model::Gguf;
+use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
+use spate_types::{BlockId, Logprobs, SamplingParams, Slot, TokenId};
+
+/// SmolLM2-135M-Instruct.Q4_1.gguf: from `SPATE_TEST_MODEL`, or where `spate pull` caches it. When
+/// it's not there, tests of the real model say so and pass, unless `SPATE_REQUIRE_MODEL=1`.
+pub fn test_model_path() -> Option<PathBuf> {
+    const NAME: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+    let cache = || {
+        let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache"));
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let models = cache.or_else(home)?.join("spate/models");
+        Some(models.join("smollm2-135m-instruct").join(NAME))
+    };
+    let given = std::env::var_os("SPATE_TEST_MODEL").map(PathBuf::from);
+    let path = given.or_else(cache).filter(|path| path.is_file());
+    if path.is_none() {
+        let required = std::env::var_os("SPATE_REQUIRE_MODEL").is_some_and(|v| v == "1");
+        assert!(!required, "the test model is required, but not there");
+        eprintln!("SKIPPED: no test model; set SPATE_TEST_MODEL=/path/to/{NAME}");
+    }
+    path
+}
+
+/// Settings for tests: two threads, so that work is really shared.
+pub fn config(mode: CpuMode) -> CpuConfig {
+    CpuConfig {
+        mode,
+        threads: 2,
+        block_size: 16,
+        kv_cache_bytes: 64 << 20,
+        max_seq_len: 0,
+        slots: 16,
+        max_batch_tokens: 512,
+    }
+}
+
+pub fn tiny(mode: CpuMode, spec: &TinyLlama) -> Runner {
+    let file = TempFile::new(&tiny_llama(spec));
+    let gguf = Gguf::open(file.path()).unwrap();
+    let mut config = config(mode);
+    config.kv_cache_bytes = 1 << 20;
+    Runner::new(CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap())
+}
+
+/// The real model, if there is one.
+pub fn real(mode: CpuMode) -> Option<Runner> {
+    let gguf = Gguf::open(&test_model_path()?).unwrap();
+    let mut config = config(mode);
+    if mode == CpuMode::Exact {
+        config.kv_cache_bytes *= 2;
+    }
+    Some(Runner::new(
+        CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap(),
+    ))
+}
+
+pub struct Runner {
+    pub exec: CpuExecutor,
+    free: Vec<BlockId>,
+}
+
+/// A sequence on its way.
+pub struct Sequence {
+    pub slot: Slot,
+    pub prompt: Arc<[TokenId]>,
+    pub sampling: Arc<SamplingParams>,
+    pub blocks: Arc<Vec<BlockId>>,
+    /// Positions computed.
+    pub done: usize,
+    pub output: Vec<TokenId>,
+    pub sampled_logprobs: Vec<Logprobs>,
+    pub prompt_logprobs: Vec<Logprobs>,
+    pub failed: bool,
+}
+
+impl Runner {
+    pub fn new(exec: CpuExecutor) -> Self {
+        let free = (0..exec.capacity().blocks).map(BlockId).collect();
+        Self { exec, free }
+    }
+
+    /// A sequence in `slot` with blocks for `room` positions.
+    pub fn sequence(
+        &mut self,
+        slot: u32,
+        prompt: &[TokenId],
+        sampling: SamplingParams,
+        room: usize,
+    ) -> Sequence {
+        let blocks = room.div_ceil(self.exec.capacity().block_size as usize);
+        Sequence {
+            slot: Slot(slot),
+            prompt: prompt.into(),
+            sampling: Arc::new(sampling),
+            blocks: Arc::new(self.free.split_off(self.free.len() - blocks)),
+            done: 0,
+            output: Vec::new(),
+            sampled_logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
+            failed: false,
+        }
+    }
+
+    /// Ends a sequence. Blocks come back in an order that makes later tables irregular.
+    pub fn end(&mut self, sequence: &Sequence) {
+        self.exec.release(sequence.slot);
+        self.free.splice(0..0, sequence.blocks.iter().copied());
+    }
+
+    pub fn run(&mut self, batch: Batch) -> Vec<RowOutput> {
+        let ticket = self.exec.submit(Lane::Main, batch).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(120);
+        let completion = self.exec.wait(deadline).unwrap().expect("done by then");
+        assert_eq!(completion.ticket, ticket);
+        completion.outputs
+    }
+
+    /// One step for each of `sequences`: up to `chunk` prompt tokens, or a decode.
+    pub fn step(&mut self, sequences: &mut [&mut Sequence], chunk: usize) {
+        let rows = sequences.iter().map(|s| s.next_row(chunk)).collect();
+        let outputs = self.run(Batch {
+            copies: Vec::new(),
+            rows,
+        });
+        for (sequence, output) in sequences.iter_mut().zip(outputs) {
+            sequence.take(output, chunk);
+        }
+    }
+
+    /// Runs one sequence alone until it has `tokens` output tokens.
+    pub fn generate(
+        &mut self,
+        prompt: &[TokenId],
+        sampling: SamplingParams,
+        tokens: usize,
+        chunk: usize,
+    ) -> Sequence {
+        let mut sequence = self.sequence(0, prompt, sampling, prompt.len() + tokens);
+        while sequence.output.len() < tokens {
+            self.step(&mut [&mut sequence], chunk);
+        }
+        self.end(&sequence);
+        sequence
+    }
+}
+
+impl Sequence {
+    pub fn bind(&self) -> Bind {
+        Bind {
+            prompt: self.prompt.clone(),
+            sampling: self.sampling.clone(),
+            seed: self.sampling.seed,
+        }
+    }
+
+    pub fn next_row(&self, chunk: usize) -> Row {
+        let left = self.prompt.len().saturating_sub(self.done);
+        let input = if left > 0 {
+            Input::Tokens(self.prompt[self.done..][..left.min(chunk)].to_vec())
+        } else {
+            Input::Last
+        };
+        Row {
+            slot: self.slot,
+            bind: (self.done == 0).then(|| self.bind()),
+            start: self.done as u32,
+            input,
+            blocks: self.blocks.clone(),
+            sample: left <= chunk,
+            prompt_logprobs: self.sampling.prompt_logprobs.is_some(),
+        }
+    }
+
+    pub fn take(&mut self, output: RowOutput, chunk: usize) {
+        let left = self.prompt.len().saturating_sub(self.done);
+        self.done += left.clamp(1, chunk);
+        self.failed |= output.failed;
+        self.prompt_logprobs.extend(output.prompt_logprobs);
+        if let Some(sampled) = output.sampled {
+            self.output.push(sampled.token);
+            self.sampled_logprobs.extend(sampled.logprobs.map(|l| *l));
+        }
+    }
+}
+
+/// Sampling with all filters at once.
+pub fn busy_sampling(seed: u64) -> SamplingParams {
+    SamplingParams {
+        temperature: 0.9,
+        top_k: 50,
+        top_p: 0.95,
+        min_p: 0.01,
+        repetition_penalty: 1.1,
+        presence_penalty: 0.2,
+        frequency_penalty: 0.1,
+        seed,
+        logprobs: Some(3),
+        prompt_logprobs: Some(2),
+        ..SamplingParams::default()
+    }
+}

@@ -1,0 +1,69 @@
+//! What the backend says about settings and models that can't work, and what it takes.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::config;
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_executor::Executor;
+use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
+use spate_model::{GgmlType, Gguf};
+
+fn load(spec: &TinyLlama, change: impl Fn(&mut CpuConfig)) -> Result<CpuExecutor, String> {
+    let file = TempFile::new(&tiny_llama(spec));
+    let gguf = Gguf::open(file.path()).unwrap();
+    let mut config = config(CpuMode::Fast);
+    change(&mut config);
+    CpuExecutor::load(&gguf, &config, &mut |_| {}).map_err(|e| e.to_string())
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    let refusal = |change: &dyn Fn(&mut CpuConfig)| {
+        load(&TinyLlama::default(), change).err().expect("refused")
+    };
+    for size in [0, 8, 24, 2048, u32::MAX] {
+        assert!(
+            refusal(&|c| c.block_size = size).contains("block size"),
+            "{size}"
+        );
+    }
+    assert!(refusal(&|c| c.kv_cache_bytes = 100).contains("no room for one block"));
+    assert!(refusal(&|c| c.kv_cache_bytes = u64::MAX).contains("no memory for the KV cache"));
+    assert!(refusal(&|c| c.max_seq_len = 513).contains("context of 512"));
+    assert!(refusal(&|c| c.slots = 0).contains("slots"));
+    assert!(refusal(&|c| c.max_batch_tokens = 0).contains("max_batch_tokens"));
+    let odd_head = TinyLlama {
+        head_dim: 24,
+        ..TinyLlama::default()
+    };
+    assert!(load(&odd_head, |_| ()).err().unwrap().contains("have 24"));
+}
+
+#[test]
+fn capacity_and_budget_follow_the_settings() {
+    let spec = TinyLlama {
+        weights: GgmlType::F32,
+        value_weights: GgmlType::F32,
+        ..TinyLlama::default()
+    };
+    let executor = load(&spec, |c| c.kv_cache_bytes = 100_000).unwrap();
+    // 2 layers, 2 heads of 16, keys and values, float16.
+    let block = 16 * 2 * 2 * 16 * 2 * 2;
+    let capacity = executor.capacity();
+    assert_eq!(capacity.blocks, 100_000 / block);
+    assert_eq!((capacity.max_seq_len, capacity.vocab_size), (512, 259));
+    let budget = executor.memory_budget();
+    let of = |name| budget.iter().find(|b| b.0 == name).unwrap().1;
+    assert_eq!(of("KV cache"), u64::from(capacity.blocks * block));
+    // Rows come in panels of 16: 272 of them for 259 tokens.
+    let layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96;
+    assert_eq!(of("weights"), 4 * (2 * layer + 2 * 272 * 64));
+    assert!(of("activations") > 512 * 4 * (3 * 64 + 64 + 3 * 96));
+
+    let progress = &mut Vec::new();
+    let file = TempFile::new(&tiny_llama(&spec));
+    let gguf = Gguf::open(file.path()).unwrap();
+    CpuExecutor::load(&gguf, &config(CpuMode::Exact), &mut |p| progress.push(p)).unwrap();
+    assert_eq!(progress.last(), Some(&1.0));
+}

@@ -1,0 +1,198 @@
+//! From settings to a running model: resolve, read, load, start the engine. Blocks; the readiness
+//! probe tells how far it is.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail};
+use sha2::{Digest, Sha256};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_engine::{EngineConfig, SchedulerConfig};
+use spate_executor::{Capacity, Executor};
+use spate_model::{Gguf, ModelConfig};
+use spate_server::{App, SamplingDefaults, ServedModel};
+use spate_text::{ChatTemplate, Tokenizer};
+
+use crate::resolve::{Cache, Progress, Reference, resolve};
+use crate::settings::{self, Settings};
+
+/// What the banner tells about the model.
+pub(crate) struct Summary {
+    pub(crate) model: String,
+    pub(crate) path: PathBuf,
+    pub(crate) architecture: String,
+    pub(crate) has_template: bool,
+    /// Backend, instruction set, threads.
+    pub(crate) backend: String,
+    /// Part and bytes.
+    pub(crate) memory: Vec<(&'static str, u64)>,
+    pub(crate) capacity: Capacity,
+    pub(crate) max_model_len: u32,
+}
+
+/// Loads the model that the settings name and starts its engine. Call it on a blocking thread of a
+/// tokio runtime.
+pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, Summary)> {
+    let reference = Reference::parse(&settings.model)?;
+    let mut progress = Progress::new({
+        let app = app.clone();
+        Box::new(move |stage, percent| app.set_loading(stage, percent))
+    });
+    let resolved = resolve(&reference, &Cache::from_env()?, &mut progress)?;
+    progress.end();
+
+    app.set_loading("reading the model file", 0.0);
+    let gguf = Gguf::open(&resolved.path)?;
+    let config = ModelConfig::from_gguf(&gguf)?;
+    if let Some(len) = settings.max_model_len
+        && len as usize > config.context_len
+    {
+        bail!(
+            "max_model_len is {len}, but the model was made for {0} tokens; start with --max-model-len {0} or auto",
+            config.context_len
+        );
+    }
+    let (executor, text) = std::thread::scope(|scope| {
+        let text = scope.spawn(|| load_text(&gguf, settings));
+        let executor = load_executor(&gguf, settings, app);
+        let text = text
+            .join()
+            .unwrap_or_else(|_| bail!("loading the tokenizer crashed"));
+        (executor, text)
+    });
+    let (executor, (tokenizer, template)) = (executor?, text?);
+    if tokenizer.vocab_size() > config.vocab_size {
+        bail!(
+            "{}: {} tokens, but logits for only {}",
+            resolved.path.display(),
+            tokenizer.vocab_size(),
+            config.vocab_size
+        );
+    }
+
+    let capacity = executor.capacity().clone();
+    let max_model_len = max_model_len(settings, &capacity)?;
+    let (backend, memory) = (backend(settings, &executor), executor.memory_budget());
+    let mut names = settings.served_model_name.iter().cloned();
+    let id = names.next().unwrap_or(resolved.name);
+    let engine_config = EngineConfig {
+        scheduler: SchedulerConfig {
+            max_num_seqs: settings.max_num_seqs,
+            max_batch_tokens: settings.max_num_batched_tokens,
+            max_model_len,
+            max_waiting: settings.max_queue,
+            prefix_caching: settings.enable_prefix_caching,
+        },
+        step_timeout: settings.step_timeout,
+    };
+    let engine = spate_engine::start(Box::new(executor), engine_config, app.observer(&id))
+        .context("can't start the engine's thread")?;
+
+    let summary = Summary {
+        model: id.clone(),
+        architecture: config.architecture,
+        has_template: template.is_some(),
+        backend,
+        memory,
+        capacity,
+        max_model_len,
+        path: resolved.path.clone(),
+    };
+    let created = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let model = ServedModel {
+        id,
+        aliases: names.collect(),
+        created,
+        tokenizer,
+        template,
+        engine,
+        max_model_len,
+        defaults: SamplingDefaults::default(),
+        fingerprint: fingerprint(&resolved.path)?,
+    };
+    Ok((model, summary))
+}
+
+fn load_text(gguf: &Gguf, settings: &Settings) -> Result<(Arc<Tokenizer>, Option<ChatTemplate>)> {
+    let tokenizer = Tokenizer::from_vocab(super::vocab::vocab_spec(gguf.metadata())?)
+        .with_context(|| format!("the tokenizer of {}", gguf.path().display()))?;
+    let source = match &settings.chat_template {
+        Some(path) => Some(
+            std::fs::read_to_string(path)
+                .with_context(|| format!("can't read the chat template {}", path.display()))?,
+        ),
+        None => gguf.chat_template().map(str::to_owned),
+    };
+    let template = source.map(|source| ChatTemplate::compile(&source, &tokenizer));
+    let template = template.transpose().context("the chat template")?;
+    Ok((Arc::new(tokenizer), template))
+}
+
+fn load_executor(gguf: &Gguf, settings: &Settings, app: &App) -> Result<CpuExecutor> {
+    let config = CpuConfig {
+        mode: match settings.cpu_mode {
+            settings::CpuMode::Exact => CpuMode::Exact,
+            settings::CpuMode::Fast => CpuMode::Fast,
+        },
+        threads: settings.threads,
+        block_size: settings.block_size,
+        kv_cache_bytes: settings.kv_cache_memory,
+        max_seq_len: settings.max_model_len.unwrap_or(0),
+        slots: settings.max_num_seqs,
+        max_batch_tokens: settings.max_num_batched_tokens,
+    };
+    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
+    Ok(CpuExecutor::load(gguf, &config, &mut progress)?)
+}
+
+/// What was asked for, if the KV cache can hold it; otherwise what it can hold.
+fn max_model_len(settings: &Settings, capacity: &Capacity) -> Result<u32> {
+    let fits = capacity.blocks.saturating_mul(capacity.block_size);
+    match settings.max_model_len {
+        Some(len) if len > fits => Err(anyhow!(
+            "the KV cache holds {fits} tokens, max_model_len is {len}; start with --max-model-len {fits} or auto, \
+             or with a larger --kv-cache-memory"
+        )),
+        Some(len) => Ok(len),
+        None => Ok(capacity.max_seq_len.min(fits)),
+    }
+}
+
+fn backend(settings: &Settings, executor: &CpuExecutor) -> String {
+    let threads = match settings.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n,
+    };
+    let mode = settings.cpu_mode.name();
+    format!("CPU, {mode}, {}, {threads} threads", executor.simd())
+}
+
+/// Names the build and the weights: equal fingerprints mean equal answers to a seeded request.
+///
+/// Of the file only its length and both ends are hashed: the header describes every tensor, and
+/// hashing tens of gigabytes would hold the start up.
+fn fingerprint(path: &Path) -> Result<String> {
+    const END: u64 = 1 << 20;
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut hasher = Sha256::new();
+    hasher.update(env!("CARGO_PKG_VERSION"));
+    hasher.update(length.to_le_bytes());
+    let mut buffer = vec![0; END.min(length) as usize];
+    for offset in [0, length - buffer.len() as u64] {
+        file.read_exact_at(&mut buffer, offset)?;
+        hasher.update(&buffer);
+    }
+    let hash = hasher.finalize();
+    let short: String = hash
+        .iter()
+        .take(6)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(format!("spate-{}-{short}", env!("CARGO_PKG_VERSION")))
+}
