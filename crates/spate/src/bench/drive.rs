@@ -177,7 +177,7 @@ mod tests {
         let (report, most_running) = run(closed(3), 9, pending(), move |_| answer(pause)).await;
         assert_eq!(most_running, 3);
         assert_eq!(
-            (report.completed, report.failed(), report.unfinished),
+            (report.completed, report.failed, report.unfinished),
             (9, 0, 0)
         );
         assert_eq!((report.prompt_tokens, report.cached_tokens), (90, 36));
@@ -210,7 +210,7 @@ mod tests {
             _ => answer(Duration::ZERO),
         };
         let (report, _) = run(closed(1), 8, pending(), handler).await;
-        assert_eq!((report.completed, report.failed()), (2, 6));
+        assert_eq!((report.completed, report.failed), (2, 6));
         let kinds: Vec<_> = report
             .errors
             .iter()
@@ -242,7 +242,7 @@ mod tests {
         let interrupt = tokio::time::sleep(Duration::from_millis(300));
         let (report, _) = run(closed(2), 100, interrupt, handler).await;
         assert_eq!(
-            (report.completed, report.failed(), report.unfinished),
+            (report.completed, report.failed, report.unfinished),
             (4, 0, 96)
         );
     }

@@ -53,6 +53,7 @@ pub(super) struct Errors {
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     pub(super) completed: u64,
+    pub(super) failed: u64,
     /// Neither completed nor failed: the run was interrupted.
     pub(super) unfinished: u64,
     /// By kind.
@@ -108,6 +109,7 @@ impl Report {
             .map(|s| (s.e2e - s.ttft).div_f64((s.output_tokens - 1) as f64));
         Self {
             completed: samples.len() as u64,
+            failed: errors.values().map(|errors| errors.count).sum(),
             unfinished,
             errors,
             duration_s: duration.as_secs_f64(),
@@ -126,16 +128,12 @@ impl Report {
             e2e_ms: Summary::of(samples.iter().map(|s| s.e2e)),
         }
     }
-
-    pub(super) fn failed(&self) -> u64 {
-        self.errors.values().map(|errors| errors.count).sum()
-    }
 }
 
 /// The table.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (failed, seconds) = (self.failed(), self.duration_s);
+        let (failed, seconds) = (self.failed, self.duration_s);
         write!(
             f,
             "requests    {} completed, {failed} failed",

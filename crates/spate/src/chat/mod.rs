@@ -11,6 +11,8 @@ use tokio::signal::ctrl_c;
 use tokio::sync::mpsc;
 
 use crate::client::{Client, ClientError};
+use crate::serve;
+use crate::settings::SettingFlags;
 use input::{Assembler, Input};
 
 /// Talk to a model in the terminal
@@ -18,7 +20,7 @@ use input::{Assembler, Input};
 pub(crate) struct ChatArgs {
     /// A running server to talk to; without it the model runs in this process
     #[arg(long)]
-    pub(crate) url: Option<String>,
+    url: Option<String>,
     /// Instructions that come before the conversation
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -28,6 +30,8 @@ pub(crate) struct ChatArgs {
     /// Randomness, from 0 (none) to 2 [default: the server's]
     #[arg(long)]
     temperature: Option<f32>,
+    #[command(flatten)]
+    settings: SettingFlags,
 }
 
 const HELP: &str = "\
@@ -38,18 +42,33 @@ const HELP: &str = "\
 Ctrl-C during an answer stops the answer.
 ";
 
-/// Talks to the server at `base_url` until the end of input or `/exit`. `model` is the name to
-/// ask for; by default the first that the server lists.
+/// Runs until the end of input, `/exit`, or Ctrl-C at the prompt.
 ///
 /// # Errors
-/// The server can't be reached; or a request failed and nobody is there to try another.
-pub(crate) async fn run(
-    args: ChatArgs,
-    base_url: &str,
+/// The model can't be loaded or the server not be reached; or a request failed and nobody is there
+/// to try another.
+pub(crate) async fn run(args: ChatArgs) -> Result<()> {
+    let loaded = args.settings.load()?;
+    let api_key = loaded.settings.api_keys()?.into_iter().next();
+    if let Some(url) = &args.url {
+        // A server may have several names for its model: only one that was typed is asked for.
+        let is_named = loaded.origins.contains_key("model");
+        let model = is_named.then(|| loaded.settings.model.clone());
+        return converse(&args, url, model, api_key.as_deref()).await;
+    }
+    let local = serve::start_local(loaded.settings).await?;
+    let outcome = converse(&args, &local.url, None, api_key.as_deref()).await;
+    outcome.and(local.stop().await)
+}
+
+/// With the server at `url`. `model` is the name to ask for; by default the first that it lists.
+async fn converse(
+    args: &ChatArgs,
+    url: &str,
     model: Option<String>,
     api_key: Option<&str>,
 ) -> Result<()> {
-    let client = Client::new(base_url, api_key)?;
+    let client = Client::new(url, api_key)?;
     let model = match model {
         Some(model) => model,
         None => client
@@ -60,7 +79,7 @@ pub(crate) async fn run(
     let mut chat = Chat {
         conversation: Conversation {
             model,
-            system: args.system,
+            system: args.system.clone(),
             messages: Vec::new(),
         },
         client,

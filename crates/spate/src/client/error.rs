@@ -39,7 +39,7 @@ impl ClientError {
         let kind = match self {
             Self::Status { status, .. } => return format!("HTTP {status}"),
             Self::Setup(_) => "setup",
-            Self::Connect { .. } => "connect",
+            Self::Connect { .. } => "can't connect",
             Self::Broken(_) => "connection broke",
             Self::Unfinished => "unfinished stream",
             Self::Stream(_) => "error in stream",

@@ -209,6 +209,6 @@ async fn nobody_listens() {
         .first_model()
         .await
         .unwrap_err();
-    assert_eq!(e.kind(), "connect");
+    assert_eq!(e.kind(), "can't connect");
     assert!(e.to_string().contains("is the server running?"), "{e}");
 }
