@@ -5,11 +5,11 @@ pub const ARCHITECTURES: &[&str] = &["llama"];
 
 /// Limits on what a file may claim. They are far above any real model and keep products of sizes
 /// inside 64 bits.
-const MAX_LAYERS: u32 = 1024;
-const MAX_WIDTH: u32 = 1 << 20;
-const MAX_HEADS: u32 = 1024;
+pub(crate) const MAX_LAYERS: u32 = 1024;
+pub(crate) const MAX_WIDTH: u32 = 1 << 20;
+pub(crate) const MAX_HEADS: u32 = 1024;
 const MAX_HEAD_DIM: u32 = 512;
-const MAX_VOCAB: u64 = 1 << 24;
+pub(crate) const MAX_VOCAB: u64 = 1 << 24;
 
 /// Everything about a decoder-only transformer that is not a weight.
 ///
@@ -148,7 +148,7 @@ impl ModelConfig {
         self.kv_heads * self.head_dim
     }
 
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let Self {
             heads, kv_heads, ..
         } = *self;

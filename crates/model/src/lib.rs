@@ -7,8 +7,10 @@
 mod checkpoint;
 mod config;
 mod data_file;
+mod dummy;
 mod error;
 mod gguf;
+mod hf;
 mod ops;
 pub mod quant;
 #[cfg(any(test, feature = "testing"))]
@@ -18,8 +20,10 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{ARCHITECTURES, Activation, ModelConfig, Rope, RopePairing};
+pub use dummy::DummyModel;
 pub use error::ModelError;
 pub use gguf::{Array, Gguf, Metadata, Value};
+pub use hf::{GenerationDefaults, HfDirectory, HfModel, PICKLE_EXTENSIONS, pickle_error};
 pub use ops::{Loader, MatrixPart, MatrixSource, Ops};
 pub use quant::GgmlType;
 pub use transformer::Transformer;

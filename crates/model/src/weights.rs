@@ -72,7 +72,8 @@ pub fn rope_factors(
     Ok(Some(factors))
 }
 
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// The tensor of Llama 3's frequency factors.
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 impl<M: Send, V: Send> Weights<M, V> {
     /// Reads all weights on `threads` threads, after checking that every tensor is there, has the
