@@ -16,6 +16,9 @@ use zip::write::SimpleFileOptions;
 /// A source that is out of reach may cost 3 s; the rest is for a busy machine.
 const OUT_OF_REACH: Duration = Duration::from_secs(6);
 
+/// Names and contents of a wheel's files.
+type Members<'a> = &'a [(&'a str, &'a [u8])];
+
 /// A home of its own with a `python3` that runs `script` where pip would run, with the requirement
 /// in `$requirement` and the target directory in `$dest`.
 struct Home {
@@ -44,11 +47,11 @@ impl Home {
     }
 
     /// A fake pip that delivers `<package>.whl` of the home directory.
-    fn delivering(members: &[(&str, &[(&str, &[u8])])]) -> Self {
+    fn delivering(wheels: &[(&str, Members)]) -> Self {
         let home = Self::new(
             "echo 'Collecting it'\necho '  Downloading it.whl (1 kB)'\ncp \"$home/${requirement%%==*}.whl\" \"$dest/\"",
         );
-        for (package, members) in members {
+        for (package, members) in wheels {
             let file =
                 std::fs::File::create(home.scratch.path().join(format!("{package}.whl"))).unwrap();
             let mut zip = ZipWriter::new(file);

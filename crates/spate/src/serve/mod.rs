@@ -22,6 +22,9 @@ use banner::Banner;
 use load::Summary;
 use signals::Signals;
 
+/// How long clients have to read why the daemon failed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// Serve a model over HTTP
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
@@ -161,13 +164,15 @@ impl Daemon {
         let failure = tokio::select! {
             () = signals.first() => None,
             reason = engine.dead() => Some(anyhow!("the engine failed: {reason}")),
-            ended = &mut self.server => Some(match ended {
+            ended = &mut self.server => bail!(match ended {
                 Ok(Err(e)) => anyhow!(e),
                 Ok(Ok(())) | Err(_) => anyhow!("the HTTP server ended by itself"),
             }),
         };
         if let Some(failure) = failure {
             tracing::error!("{failure:#}");
+            // The streams have their error by now; a moment to write it to the sockets.
+            let _cut_off = tokio::time::timeout(LAST_WORDS, self.drain()).await;
             return Err(failure);
         }
         tokio::select! {
