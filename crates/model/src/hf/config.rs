@@ -4,9 +4,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::generation::Ids;
-use super::rope::{RopeJson, llama3_factors};
-use crate::config::{ARCHITECTURES, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
-use crate::{Activation, GgmlType, ModelConfig, Rope, RopePairing};
+use super::rope::{RopeJson, RopesJson};
+use crate::config::limit;
+use crate::{
+    ARCHITECTURES, Activation, GgmlType, LocalLayers, ModelConfig, Rope, RopePairing, RopeScaling,
+};
 
 /// What `config.json` says, in our terms.
 #[derive(Debug)]
@@ -16,8 +18,6 @@ pub(super) struct HfConfig {
     pub(super) tied: bool,
     /// Whether query, key and value projections have a bias.
     pub(super) qkv_bias: bool,
-    /// What Llama 3's scaling divides the rotary frequencies by.
-    pub(super) rope_factors: Option<Vec<f32>>,
     /// Of the weights, unless the files say otherwise.
     pub(super) dtype: GgmlType,
     /// Tokens that end the output.
@@ -26,7 +26,7 @@ pub(super) struct HfConfig {
 
 /// The keys that the architectures have, all together.
 #[derive(Deserialize)]
-struct Json {
+pub(super) struct Json {
     model_type: Option<String>,
     auto_map: Option<IgnoredAny>,
     quantization_config: Option<IgnoredAny>,
@@ -42,12 +42,23 @@ struct Json {
     hidden_act: Option<String>,
     /// Comes before `hidden_act`.
     hidden_activation: Option<String>,
-    rope_theta: Option<f32>,
+    pub(super) rope_theta: Option<f32>,
+    rope_local_base_freq: Option<f32>,
     rope_scaling: Option<RopeJson>,
-    /// What newer files have in place of the two before.
-    rope_parameters: Option<RopeJson>,
+    /// What newer files have in place of the three before.
+    rope_parameters: Option<RopesJson>,
+    partial_rotary_factor: Option<f32>,
+    pub(super) original_max_position_embeddings: Option<u64>,
+    query_pre_attn_scalar: Option<f32>,
     sliding_window: Option<u64>,
     use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    #[serde(alias = "_sliding_window_pattern")]
+    sliding_window_pattern: Option<usize>,
+    layer_types: Option<Vec<String>>,
+    attn_logit_softcapping: Option<f32>,
+    final_logit_softcapping: Option<f32>,
+    use_bidirectional_attention: Option<bool>,
     attention_bias: Option<bool>,
     tie_word_embeddings: Option<bool>,
     dtype: Option<String>,
@@ -63,54 +74,56 @@ impl HfConfig {
     pub(super) fn from_json(bytes: &[u8]) -> Result<Self, String> {
         let json: Json = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         let architecture = json.architecture()?;
-        if json.quantization_config.is_some() {
-            return Err(
-                "`quantization_config`: quantised safetensors are not supported; use the \
-                        original weights, or a GGUF file"
-                    .into(),
-            );
-        }
         json.refuse_unsupported()?;
-        let hidden = size("hidden_size", json.hidden_size, MAX_WIDTH)?;
-        let heads = size("num_attention_heads", json.num_attention_heads, MAX_HEADS)?;
-        let head_dim = match json.head_dim {
-            Some(dim) => dim as usize,
-            None => hidden / heads,
+        let gemma = architecture == "gemma3";
+        let layers = size("num_hidden_layers", json.num_hidden_layers, limit::LAYERS)?;
+        let hidden = size("hidden_size", json.hidden_size, limit::WIDTH)?;
+        let heads = size(
+            "num_attention_heads",
+            json.num_attention_heads,
+            limit::HEADS,
+        )?;
+        // What the reference takes when the key is absent.
+        let head_dim = match (json.head_dim, architecture) {
+            (Some(dim), _) => size("head_dim", Some(dim), limit::HEAD_DIM)?,
+            (None, "qwen3") => 128,
+            (None, "gemma3") => 256,
+            (None, _) => hidden / heads,
         };
         let kv_heads = json.num_key_value_heads.or(json.num_attention_heads);
-        let rope = json.rope();
+        let context = size(
+            "max_position_embeddings",
+            json.max_position_embeddings,
+            u32::MAX,
+        )?;
+        let rope = json.rope(gemma, head_dim, context)?;
         let model = ModelConfig {
             architecture: architecture.to_owned(),
-            layers: size("num_hidden_layers", json.num_hidden_layers, MAX_LAYERS)?,
+            layers,
             hidden,
             heads,
-            kv_heads: size("num_key_value_heads", kv_heads, MAX_HEADS)?,
+            kv_heads: size("num_key_value_heads", kv_heads, limit::HEADS)?,
             head_dim,
-            ffn: size("intermediate_size", json.intermediate_size, MAX_WIDTH)?,
-            vocab_size: size("vocab_size", json.vocab_size, MAX_VOCAB as u32)?,
-            context_len: size(
-                "max_position_embeddings",
-                json.max_position_embeddings,
-                u32::MAX,
-            )?,
+            ffn: size("intermediate_size", json.intermediate_size, limit::WIDTH)?,
+            vocab_size: size("vocab_size", json.vocab_size, limit::VOCAB as u32)?,
+            context_len: stretched(context, &rope),
             norm_eps: json.rms_norm_eps.unwrap_or(1e-6),
-            rope: Rope {
-                pairing: RopePairing::Halves,
-                dims: head_dim,
-                base: rope.rope_theta.or(json.rope_theta).unwrap_or(10_000.0),
-                linear_factor: rope.linear_factor()?,
+            local: json.local_layers(gemma, layers, context, &rope)?,
+            rope,
+            attention_scale: match json.query_pre_attn_scalar {
+                Some(width) => width.sqrt().recip(),
+                None => (head_dim as f32).sqrt().recip(),
             },
-            attention_scale: (head_dim as f32).sqrt().recip(),
             activation: json.activation()?,
-            qk_norm: false,
-            embedding_scale: 1.0,
+            qk_norm: matches!(architecture, "qwen3" | "gemma3"),
+            post_norms: gemma,
+            embedding_scale: if gemma { (hidden as f32).sqrt() } else { 1.0 },
         };
         model.check()?;
         Ok(Self {
-            rope_factors: llama3_factors(&rope, &model.rope)?,
             model,
-            tied: json.tie_word_embeddings.unwrap_or(false),
-            qkv_bias: json.attention_bias.unwrap_or(false),
+            tied: json.tie_word_embeddings.unwrap_or(gemma),
+            qkv_bias: architecture == "qwen2" || json.attention_bias == Some(true),
             dtype: json.dtype()?,
             eos_ids: json.eos_token_id.map_or_else(Vec::new, Ids::into_vec),
         })
@@ -121,46 +134,124 @@ impl Json {
     /// As GGUF calls it.
     fn architecture(&self) -> Result<&'static str, String> {
         let given = self.model_type.as_deref().unwrap_or("");
-        let known = ARCHITECTURES.iter().find(|known| match given {
-            "mistral" => **known == "llama",
-            _ => **known == given,
-        });
-        match (known, &self.auto_map) {
-            (Some(known), _) => Ok(known),
-            (None, Some(_)) => Err(format!(
+        let name = match given {
+            "mistral" => "llama",
+            "gemma3_text" => "gemma3",
+            // Text and images: the text model is a part of it.
+            "gemma3" => "",
+            given => given,
+        };
+        let known = ARCHITECTURES.join(", ");
+        match ARCHITECTURES.iter().find(|known| **known == name) {
+            Some(name) => Ok(name),
+            None if given == "gemma3" => Err(
+                "model type `gemma3` sees images, which is not supported; use a text-only \
+                 checkpoint (`gemma3_text`)"
+                    .into(),
+            ),
+            None if self.auto_map.is_some() => Err(format!(
                 "model type `{given}` needs the Python code that `auto_map` names, which is never \
-                 run; supported: {}",
-                ARCHITECTURES.join(", ")
+                 run; supported: {known}"
             )),
-            (None, None) => Err(format!(
-                "model type `{given}` is not supported; supported: {}",
-                ARCHITECTURES.join(", ")
+            None => Err(format!(
+                "model type `{given}` is not supported; supported: {known}"
             )),
         }
     }
 
     /// Refuses what would silently give wrong results.
     fn refuse_unsupported(&self) -> Result<(), String> {
-        match self.sliding_window {
-            Some(window) if self.use_sliding_window != Some(false) => {
-                Err(format!("`sliding_window` {window} is not supported"))
+        if self.quantization_config.is_some() {
+            return Err(
+                "`quantization_config`: quantised safetensors are not supported; use the original \
+                 weights, or a GGUF file"
+                    .into(),
+            );
+        }
+        let caps = [
+            ("attn_logit_softcapping", self.attn_logit_softcapping),
+            ("final_logit_softcapping", self.final_logit_softcapping),
+        ];
+        match caps.into_iter().find(|(_, cap)| cap.is_some()) {
+            Some((name, _)) => Err(format!("`{name}` is not supported")),
+            None if self.use_bidirectional_attention == Some(true) => {
+                Err("`use_bidirectional_attention` is not supported".into())
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 
-    fn rope(&self) -> RopeJson {
-        let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
-        rope.cloned().unwrap_or_default()
+    fn rope(&self, gemma: bool, head_dim: usize, context: usize) -> Result<Rope, String> {
+        let scaling = match &self.rope_parameters {
+            Some(ropes) => ropes.global().clone(),
+            None => self.rope_scaling.clone().unwrap_or_default(),
+        };
+        let usual = if gemma { 1_000_000.0 } else { 10_000.0 };
+        let share = self
+            .partial_rotary_factor
+            .or(scaling.partial_rotary_factor)
+            .unwrap_or(1.0);
+        Ok(Rope {
+            pairing: RopePairing::Halves,
+            dims: (head_dim as f32 * share) as usize,
+            base: scaling.rope_theta.or(self.rope_theta).unwrap_or(usual),
+            scaling: scaling.scaling(context, self.original_max_position_embeddings)?,
+        })
+    }
+
+    /// Layers with a sliding window. A window that holds the whole context is none.
+    fn local_layers(
+        &self,
+        gemma: bool,
+        layers: usize,
+        context: usize,
+        global: &Rope,
+    ) -> Result<Option<LocalLayers>, String> {
+        let window = match self.sliding_window {
+            Some(window) if (window as usize) < context => window as usize,
+            _ => return Ok(None),
+        };
+        let local: Vec<bool> = if let Some(types) = &self.layer_types {
+            let is_local = |kind: &String| match kind.as_str() {
+                "sliding_attention" => Ok(true),
+                "full_attention" => Ok(false),
+                other => Err(format!("`layer_types`: `{other}` is not supported")),
+            };
+            types.iter().map(is_local).collect::<Result<_, _>>()?
+        } else if gemma {
+            let n = self.sliding_window_pattern.unwrap_or(6).max(1);
+            (1..=layers).map(|i| i % n != 0).collect()
+        } else {
+            // Qwen says where they begin, and whether the key before means anything.
+            let qwen = self.max_window_layers.is_some();
+            let first = self.max_window_layers.unwrap_or(0);
+            let on = self.use_sliding_window.unwrap_or(!qwen);
+            (0..layers).map(|i| on && i >= first).collect()
+        };
+        if !local.contains(&true) {
+            return Ok(None);
+        }
+        let rope = if gemma {
+            let own = self.rope_parameters.as_ref().and_then(RopesJson::local);
+            let base = own.and_then(|own| own.rope_theta);
+            Rope {
+                base: base.or(self.rope_local_base_freq).unwrap_or(10_000.0),
+                scaling: RopeScaling::None,
+                ..global.clone()
+            }
+        } else {
+            global.clone()
+        };
+        Ok(Some(LocalLayers {
+            window,
+            layers: local,
+            rope,
+        }))
     }
 
     fn activation(&self) -> Result<Activation, String> {
-        match self
-            .hidden_activation
-            .as_ref()
-            .or(self.hidden_act.as_ref())
-            .map(String::as_str)
-        {
+        let name = self.hidden_activation.as_ref().or(self.hidden_act.as_ref());
+        match name.map(String::as_str) {
             None | Some("silu") => Ok(Activation::Silu),
             Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
             Some(other) => Err(format!("`hidden_act` {other} is not supported")),
@@ -168,12 +259,8 @@ impl Json {
     }
 
     fn dtype(&self) -> Result<GgmlType, String> {
-        match self
-            .dtype
-            .as_ref()
-            .or(self.torch_dtype.as_ref())
-            .map(String::as_str)
-        {
+        let name = self.dtype.as_ref().or(self.torch_dtype.as_ref());
+        match name.map(String::as_str) {
             Some("float32") => Ok(GgmlType::F32),
             Some("float16") => Ok(GgmlType::F16),
             None | Some("bfloat16") => Ok(GgmlType::BF16),
@@ -181,6 +268,18 @@ impl Json {
                 "`dtype` {other} is not supported; supported are float32, float16 and bfloat16"
             )),
         }
+    }
+}
+
+/// The context that YaRN stretches to, which configurations leave to the reader to compute.
+fn stretched(context: usize, rope: &Rope) -> usize {
+    match rope.scaling {
+        RopeScaling::Yarn {
+            factor,
+            original_context,
+            ..
+        } => context.max((original_context as f32 * factor) as u32 as usize),
+        _ => context,
     }
 }
 

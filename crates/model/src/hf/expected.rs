@@ -33,6 +33,10 @@ impl HfConfig {
             }
             add("attn_output.weight", &[c.q_width(), c.hidden]);
             add("ffn_norm.weight", &[c.hidden]);
+            if c.post_norms {
+                add("post_attention_norm.weight", &[c.hidden]);
+                add("post_ffw_norm.weight", &[c.hidden]);
+            }
             add("ffn_gate.weight", &[c.hidden, c.ffn]);
             add("ffn_up.weight", &[c.hidden, c.ffn]);
             add("ffn_down.weight", &[c.ffn, c.hidden]);

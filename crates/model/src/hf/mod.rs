@@ -20,7 +20,7 @@ use serde::Deserialize;
 pub use generation::GenerationDefaults;
 
 use crate::data_file::DataFile;
-use crate::weights::ROPE_FACTORS;
+use crate::quant::dequantize;
 use crate::{Checkpoint, GgmlType, ModelConfig, ModelError, TensorInfo};
 use config::HfConfig;
 use names::{Fate, gguf_name};
@@ -114,23 +114,16 @@ impl HfDirectory {
 
 /// The weights of a Hugging Face model directory.
 ///
-/// Its tensors are shown by GGUF's names, and where GGUF files hold something else than the
-/// checkpoints that they are made from (rotary factors that follow from the configuration), as
-/// GGUF would hold it.
+/// Its tensors are shown by GGUF's names, and as GGUF files hold them: the norms of Gemma, which
+/// checkpoints store minus one, are float32 and whole.
 #[derive(Debug)]
 pub struct HfModel {
     path: PathBuf,
     config: ModelConfig,
     files: Vec<DataFile>,
     tensors: Vec<TensorInfo>,
-    /// Tensors that are not in the files as they are shown, by name.
-    made: HashMap<String, Made>,
-}
-
-#[derive(Debug)]
-enum Made {
-    /// Float32, from the configuration.
-    Values(Vec<f32>),
+    /// Norms that are stored minus one, by name, as they are in their files.
+    minus_one: HashMap<String, TensorInfo>,
 }
 
 impl HfModel {
@@ -146,7 +139,7 @@ impl HfModel {
             path: directory.path().to_owned(),
             config: config.model.clone(),
             tensors: Vec::new(),
-            made: HashMap::new(),
+            minus_one: HashMap::new(),
             files: Vec::new(),
         };
         for file in files {
@@ -160,17 +153,21 @@ impl HfModel {
                 "tensor `lm_head.weight` is missing, and `tie_word_embeddings` is not true",
             ));
         }
-        if let Some(factors) = &config.rope_factors {
-            model.make(ROPE_FACTORS, Made::Values(factors.clone()));
-        }
         Ok(model)
     }
 
     /// Takes a tensor of a file over, under its new name.
     fn add(&mut self, mut tensor: TensorInfo, tied: bool) -> Result<(), ModelError> {
-        match gguf_name(&tensor.name, false, tied) {
+        let sandwich = self.config.post_norms;
+        match gguf_name(&tensor.name, sandwich, tied) {
             Some(Fate::Named(name)) => {
                 tensor.name = name;
+                if sandwich && tensor.name.ends_with("norm.weight") {
+                    let elements = tensor.bytes / tensor.ggml_type.block_bytes();
+                    self.minus_one.insert(tensor.name.clone(), tensor.clone());
+                    tensor.ggml_type = GgmlType::F32;
+                    tensor.bytes = elements * GgmlType::F32.block_bytes();
+                }
                 self.tensors.push(tensor);
                 Ok(())
             }
@@ -184,21 +181,6 @@ impl HfModel {
                 Err((self as &dyn Checkpoint).error(problem))
             }
         }
-    }
-
-    fn make(&mut self, name: &str, made: Made) {
-        let len = match &made {
-            Made::Values(values) => values.len(),
-        };
-        self.tensors.push(TensorInfo {
-            name: name.to_owned(),
-            dims: vec![len as u64],
-            ggml_type: GgmlType::F32,
-            file: 0,
-            offset: 0,
-            bytes: len * size_of::<f32>(),
-        });
-        self.made.insert(name.to_owned(), made);
     }
 }
 
@@ -216,13 +198,16 @@ impl Checkpoint for HfModel {
     }
 
     fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
-        match self.made.get(&tensor.name) {
-            None => self.files[tensor.file].read(tensor, out),
-            Some(Made::Values(values)) => {
-                out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-                Ok(())
-            }
-        }
+        let Some(stored) = self.minus_one.get(&tensor.name) else {
+            return self.files[tensor.file].read(tensor, out);
+        };
+        let mut bytes = Vec::new();
+        self.files[stored.file].read(stored, &mut bytes)?;
+        let mut values = vec![0.0; tensor.bytes / size_of::<f32>()];
+        dequantize(stored.ggml_type, &bytes, &mut values)
+            .expect("as many elements as the header says");
+        out.extend(values.iter().flat_map(|v| (v + 1.0).to_le_bytes()));
+        Ok(())
     }
 }
 

@@ -1,10 +1,9 @@
 //! The kinds of rotary scaling that `config.json` files ask for.
 
-use std::f64::consts::TAU;
-
 use serde::Deserialize;
 
-use crate::Rope;
+use crate::RopeScaling;
+use crate::rope::{long_rope_magnitude, yarn_magnitude};
 
 /// `rope_scaling`, or `rope_parameters`.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -14,57 +13,100 @@ pub(super) struct RopeJson {
     #[serde(rename = "type")]
     old_type: Option<String>,
     pub(super) rope_theta: Option<f32>,
+    pub(super) partial_rotary_factor: Option<f32>,
     factor: Option<f32>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
+    attention_factor: Option<f32>,
     original_max_position_embeddings: Option<u64>,
+    low_freq_factor: Option<f32>,
+    high_freq_factor: Option<f32>,
+    beta_fast: Option<f32>,
+    beta_slow: Option<f32>,
+    mscale: Option<f32>,
+    truncate: Option<bool>,
+    short_factor: Option<Vec<f32>>,
+    long_factor: Option<Vec<f32>>,
 }
 
-impl RopeJson {
-    fn kind(&self) -> &str {
-        let kind = self.rope_type.as_deref().or(self.old_type.as_deref());
-        kind.unwrap_or("default")
+/// `rope_parameters`: one for all layers, or one for each kind of layer.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum RopesJson {
+    ByKind {
+        full_attention: Box<RopeJson>,
+        sliding_attention: Box<RopeJson>,
+    },
+    Same(Box<RopeJson>),
+}
+
+impl RopesJson {
+    pub(super) fn global(&self) -> &RopeJson {
+        match self {
+            RopesJson::ByKind { full_attention, .. } => full_attention,
+            RopesJson::Same(rope) => rope,
+        }
     }
 
-    /// What positions are divided by.
-    pub(super) fn linear_factor(&self) -> Result<f32, String> {
-        match self.kind() {
-            "linear" => Ok(required("factor", self.factor)?),
-            "default" | "llama3" => Ok(1.0),
-            other => Err(format!("rope scaling `{other}` is not supported")),
+    /// Of layers with a sliding window, where they have their own.
+    pub(super) fn local(&self) -> Option<&RopeJson> {
+        match self {
+            RopesJson::ByKind {
+                sliding_attention, ..
+            } => Some(sliding_attention),
+            RopesJson::Same(_) => None,
         }
     }
 }
 
-/// What Llama 3's scaling divides each pair's frequency by: 1 for wavelengths that the original
-/// context holds many times, `factor` for those that it holds less than once, and between them
-/// what interpolates the frequency. `None` for other kinds of scaling.
-pub(super) fn llama3_factors(json: &RopeJson, rope: &Rope) -> Result<Option<Vec<f32>>, String> {
-    if json.kind() != "llama3" {
-        return Ok(None);
+impl RopeJson {
+    /// For a model of `context` positions; `original` is what `config.json` says beside the scaling
+    /// about the context of the first training.
+    pub(super) fn scaling(
+        &self,
+        context: usize,
+        original: Option<u64>,
+    ) -> Result<RopeScaling, String> {
+        let factor = || required("factor", self.factor);
+        let original = self.original_max_position_embeddings.or(original);
+        let original = original.map(|n| n.min(u32::MAX.into()) as usize);
+        let kind = self.rope_type.as_deref().or(self.old_type.as_deref());
+        match kind.unwrap_or("default") {
+            "default" => Ok(RopeScaling::None),
+            "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
+            "llama3" => Ok(RopeScaling::Llama3 {
+                factor: factor()?,
+                low_freq_factor: required("low_freq_factor", self.low_freq_factor)?,
+                high_freq_factor: required("high_freq_factor", self.high_freq_factor)?,
+                original_context: required("original_max_position_embeddings", original)?,
+            }),
+            "yarn" if self.mscale.is_some() || self.truncate == Some(false) => {
+                Err("rope scaling `yarn`: `mscale` and `truncate` are not supported".into())
+            }
+            "yarn" => Ok(RopeScaling::Yarn {
+                factor: factor()?,
+                beta_fast: self.beta_fast.unwrap_or(32.0),
+                beta_slow: self.beta_slow.unwrap_or(1.0),
+                original_context: original.unwrap_or(context),
+                magnitude: match self.attention_factor {
+                    Some(magnitude) => magnitude,
+                    None => yarn_magnitude(factor()?),
+                },
+            }),
+            // The old name.
+            "longrope" | "su" => {
+                let original_context = required("original_max_position_embeddings", original)?;
+                let usual = long_rope_magnitude(context, original_context);
+                Ok(RopeScaling::LongRope {
+                    short: required("short_factor", self.short_factor.clone())?,
+                    long: required("long_factor", self.long_factor.clone())?,
+                    original_context,
+                    magnitude: self.attention_factor.unwrap_or(usual),
+                })
+            }
+            other => Err(format!(
+                "rope scaling `{other}` is not supported; supported: linear, llama3, yarn, longrope"
+            )),
+        }
     }
-    let factor = f64::from(required("factor", json.factor)?);
-    let low = required("low_freq_factor", json.low_freq_factor)?;
-    let high = required("high_freq_factor", json.high_freq_factor)?;
-    let context = required(
-        "original_max_position_embeddings",
-        json.original_max_position_embeddings,
-    )? as f64;
-    if !(factor > 0.0 && low > 0.0 && low < high && high.is_finite() && context > 0.0) {
-        return Err(
-            "rope scaling `llama3` needs a positive factor and 0 < low_freq_factor < \
-                    high_freq_factor"
-                .into(),
-        );
-    }
-    let factors = (0..rope.dims / 2).map(|pair| {
-        let exponent = 2.0 * pair as f64 / rope.dims as f64;
-        let wavelength = TAU * f64::from(rope.base).powf(exponent);
-        let turns = context / wavelength;
-        let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-        (1.0 / ((1.0 - smooth) / factor + smooth)) as f32
-    });
-    Ok(Some(factors.collect()))
 }
 
 fn required<T>(name: &str, value: Option<T>) -> Result<T, String> {
