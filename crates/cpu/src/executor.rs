@@ -6,13 +6,13 @@ use std::time::Instant;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
 };
-use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights, rope_factors};
+use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
 
 use crate::kv::{KvCache, KvPool, KvShape, TILE};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
-use crate::rope;
+use crate::rope::Ropes;
 use crate::slots::SlotState;
 use crate::step::Step;
 use crate::weights::{CpuLoader, Matrix};
@@ -90,14 +90,13 @@ impl CpuExecutor {
             LoadError::Model(e) => CpuError::Model(e),
             LoadError::Backend(e) => CpuError::Quant(e),
         })?;
-        let factors = rope_factors(checkpoint, &model)?;
-        let rates = rope::rates(&model.rope, factors.as_deref());
+        let ropes = Ropes::new(&model, capacity.max_seq_len as usize);
         let (kv, elem) = match config.mode {
             CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),
             CpuMode::Fast => (KvCache::F16(KvPool::new(shape)?), size_of::<u16>()),
         };
         let tokens = config.max_batch_tokens as usize;
-        let mut ops = CpuOps::new(pool, &model, kv, config.slots as usize, tokens)?;
+        let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
@@ -108,7 +107,6 @@ impl CpuExecutor {
         let worker = Worker {
             ops,
             transformer,
-            rates,
             step: Step::default(),
         };
         Self::start(capacity, budget, worker)
@@ -217,8 +215,6 @@ impl Drop for CpuExecutor {
 struct Worker {
     ops: CpuOps,
     transformer: Transformer<CpuOps>,
-    /// Radians per position of each rotated pair.
-    rates: Vec<f64>,
     step: Step,
 }
 
@@ -262,7 +258,8 @@ impl Worker {
                 self.ops.slots[row.slot.0 as usize] = Some(SlotState::new(bind));
             }
         }
-        self.step.fill(&batch, &self.ops.slots, &self.rates);
+        self.step
+            .fill(&batch, &self.ops.slots, &self.ops.ropes.rotations);
         let layers = 0..self.transformer.config().layers;
         self.transformer
             .forward(&mut self.ops, &mut self.step, layers)?;

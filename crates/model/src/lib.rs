@@ -13,18 +13,20 @@ mod gguf;
 mod hf;
 mod ops;
 pub mod quant;
+mod rope;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod transformer;
 mod weights;
 
 pub use checkpoint::{Checkpoint, TensorInfo};
-pub use config::{ARCHITECTURES, Activation, ModelConfig, Rope, RopePairing};
+pub use config::{ARCHITECTURES, Activation, LocalLayers, ModelConfig};
 pub use dummy::DummyModel;
 pub use error::ModelError;
 pub use gguf::{Array, Gguf, Metadata, Value};
 pub use hf::{GenerationDefaults, HfDirectory, HfModel, PICKLE_EXTENSIONS, pickle_error};
 pub use ops::{Loader, MatrixPart, MatrixSource, Ops};
 pub use quant::GgmlType;
+pub use rope::{Rope, RopePairing, RopeScaling, Rotation, long_rope_magnitude, yarn_magnitude};
 pub use transformer::Transformer;
-pub use weights::{LayerWeights, LoadError, Weights, rope_factors};
+pub use weights::{LayerWeights, LoadError, Weights, check_tensors};

@@ -81,6 +81,7 @@ impl Input {
                     head: kv_head * self.group,
                     group: self.group,
                     scale: 0.7,
+                    window: usize::MAX,
                 });
             }
         }

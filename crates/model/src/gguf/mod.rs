@@ -3,6 +3,7 @@
 //! A header is read once, with every length and count compared with the size of the file before
 //! anything of that size is allocated.
 
+mod config;
 mod metadata;
 mod reader;
 mod split;

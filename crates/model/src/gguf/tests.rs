@@ -224,8 +224,11 @@ impl Split {
     }
 
     fn open(&self) -> Result<Gguf, ModelError> {
-        let first = self.dir.write("m-00001-of-00002.gguf", self.files[0].build());
-        self.dir.write("m-00002-of-00002.gguf", self.files[1].build());
+        let first = self
+            .dir
+            .write("m-00001-of-00002.gguf", self.files[0].build());
+        self.dir
+            .write("m-00002-of-00002.gguf", self.files[1].build());
         Gguf::open(&first)
     }
 
@@ -246,7 +249,7 @@ fn models_in_several_files() {
         assert_eq!(bytes, [byte; 16]);
     }
     let sizes = split.files.iter().map(|f| f.build().len() as u64);
-    assert_eq!(gguf.file_bytes(), sizes.sum());
+    assert_eq!(gguf.file_bytes(), sizes.sum::<u64>());
 }
 
 #[test]
@@ -259,11 +262,17 @@ fn split_models_must_be_complete() {
     std::fs::remove_file(&second).unwrap();
     let first = split.dir.path().join("m-00001-of-00002.gguf");
     let missing = Gguf::open(&first).unwrap_err().to_string();
-    assert!(missing.contains("m-00002-of-00002.gguf: cannot read"), "{missing}");
+    assert!(
+        missing.contains("m-00002-of-00002.gguf: cannot read"),
+        "{missing}"
+    );
     let renamed = split.dir.path().join("other.gguf");
     std::fs::rename(first, &renamed).unwrap();
     let lost = Gguf::open(&renamed).unwrap_err().to_string();
-    assert!(lost.contains("must be called NAME-00001-of-00002.gguf"), "{lost}");
+    assert!(
+        lost.contains("must be called NAME-00001-of-00002.gguf"),
+        "{lost}"
+    );
 }
 
 #[test]
@@ -278,7 +287,11 @@ fn files_of_a_split_model_must_agree() {
 
     let mut split = Split::new();
     split.files[1] = GgufBuilder::default();
-    assert!(split.refusal().contains("does not say that it is file 2 of 2"));
+    assert!(
+        split
+            .refusal()
+            .contains("does not say that it is file 2 of 2")
+    );
 
     let mut split = Split::new();
     split.files[0] = GgufBuilder::default();

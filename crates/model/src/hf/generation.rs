@@ -24,7 +24,10 @@ struct Json {
 
 /// One id or several.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "eos_token_id is neither a token id nor an array of them"
+)]
 pub(super) enum Ids {
     One(u32),
     Several(Vec<u32>),
@@ -81,8 +84,8 @@ mod tests {
         for (text, why) in [
             (r#"{"temperature": 3}"#, "temperature is 3"),
             (r#"{"top_p": 0}"#, "top_p is 0"),
-            (r#"{"top_k": -1}"#, "top_k"),
-            (r#"{"eos_token_id": "x"}"#, "Ids"),
+            (r#"{"top_k": -1}"#, "`-1`, expected u32"),
+            (r#"{"eos_token_id": "x"}"#, "neither a token id"),
             ("[", "EOF"),
         ] {
             let refused = read(text).unwrap_err();

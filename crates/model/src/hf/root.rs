@@ -51,7 +51,10 @@ impl Root {
         };
         let mut parts = Path::new(name).components();
         if name.is_empty() || !parts.all(|part| matches!(part, Component::Normal(_))) {
-            return Err(refuse("the name leads out of the model's directory"));
+            return Err(ModelError::Model {
+                file: self.path.clone(),
+                problem: format!("the name `{name}` leads out of the model's directory"),
+            });
         }
         let real = match path.canonicalize() {
             Ok(real) => real,

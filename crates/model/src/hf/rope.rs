@@ -29,7 +29,7 @@ pub(super) struct RopeJson {
 
 /// `rope_parameters`: one for all layers, or one for each kind of layer.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "rope_parameters has values of wrong types")]
 pub(super) enum RopesJson {
     ByKind {
         full_attention: Box<RopeJson>,

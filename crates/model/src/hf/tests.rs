@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::testing::hf::{SafetensorsBuilder, TempDir, convert_to_hf, safetensors};
 use crate::testing::{TempFile, TinyLlama, tiny_llama};
-use crate::{GgmlType, Gguf};
+use crate::{Gguf, check_tensors};
 
 fn open(dir: &TempDir) -> Result<HfModel, ModelError> {
     HfModel::open(&HfDirectory::open(dir.path())?)
@@ -30,7 +30,12 @@ fn tiny(files: usize) -> TempDir {
     };
     let file = TempFile::new(&tiny_llama(&spec));
     let dir = TempDir::new();
-    convert_to_hf(&Gguf::open(file.path()).unwrap(), &dir, GgmlType::F16, files);
+    convert_to_hf(
+        &Gguf::open(file.path()).unwrap(),
+        &dir,
+        GgmlType::F16,
+        files,
+    );
     dir
 }
 
@@ -98,7 +103,7 @@ fn a_file_that_shrinks_later_is_an_error() {
 #[test]
 fn malformed_safetensors() {
     let dir = TempDir::new();
-    let mut check = |bytes: &[u8], why: &str| {
+    let check = |bytes: &[u8], why: &str| {
         let path = dir.write("x.safetensors", bytes);
         let message = Safetensors::open(&path, 0).unwrap_err().to_string();
         assert!(message.contains("x.safetensors: at byte "), "{message}");
@@ -120,7 +125,10 @@ fn malformed_safetensors() {
     check(&safetensors("[]", &[]), "an object");
     check(&safetensors("{\"a\":\u{1}}", &[]), "the header");
     check(&safetensors(&"[".repeat(10_000), &[]), "the header");
-    check(&safetensors(&format!("{{\"a\":{}", "[".repeat(500)), &[]), "recursion");
+    check(
+        &safetensors(&format!("{{\"a\":{}", "[".repeat(500)), &[]),
+        "recursion",
+    );
 
     // Shapes.
     for shape in [
@@ -147,8 +155,14 @@ fn malformed_safetensors() {
     check(&two("[8,12]", 12), "begins at 8");
     check(&two("[4,8]", 7), "which has");
     check(&two("[4,8]", 9), "1 bytes follow");
-    check(&two("[18446744073709551612,18446744073709551616]", 8), "malformed");
-    check(&two("[18446744073709551611,18446744073709551615]", 8), "begins at");
+    check(
+        &two("[18446744073709551612,18446744073709551616]", 8),
+        "malformed",
+    );
+    check(
+        &two("[18446744073709551611,18446744073709551615]", 8),
+        "begins at",
+    );
 
     // Names.
     let twice = format!(r#"{{"a":{a},"a":{a}}}"#);
@@ -248,7 +262,7 @@ fn tensors_and_configuration_agree() {
         let dir = tiny(1);
         edit(&dir, CONFIG, change);
         let model = open(&dir)?;
-        crate::weights::check(&model, &model.config()?).map(|()| dir)
+        check_tensors(&model, &model.config()?).map(|()| dir)
     };
     load(&|_| {}).unwrap();
     for (key, value, why) in [
@@ -256,7 +270,11 @@ fn tensors_and_configuration_agree() {
         ("hidden_size", json!(128), "dimensions"),
         ("intermediate_size", json!(97), "ffn_gate.weight"),
         ("num_key_value_heads", json!(4), "attn_k.weight"),
-        ("num_hidden_layers", json!(3), "blk.2.attn_norm.weight` is missing"),
+        (
+            "num_hidden_layers",
+            json!(3),
+            "blk.2.attn_norm.weight` is missing",
+        ),
         ("num_hidden_layers", json!(1), "blk.1."),
         ("head_dim", json!(32), "attn_q.weight"),
     ] {
@@ -270,22 +288,42 @@ fn configurations_that_can_not_be_run() {
     let dir = tiny(1);
     let good = std::fs::read_to_string(dir.path().join(CONFIG)).unwrap();
     for (key, value, why) in [
-        ("model_type", json!("gpt_neox"), "`gpt_neox` is not supported; supported: llama"),
+        (
+            "model_type",
+            json!("gpt_neox"),
+            "`gpt_neox` is not supported; supported: llama",
+        ),
         ("model_type", Value::Null, "`` is not supported"),
-        ("quantization_config", json!({"bits": 4}), "quantised safetensors"),
+        (
+            "quantization_config",
+            json!({"bits": 4}),
+            "quantised safetensors",
+        ),
         ("torch_dtype", json!("float8_e4m3fn"), "float8_e4m3fn"),
         ("hidden_act", json!("relu2"), "relu2"),
         ("hidden_size", Value::Null, "`hidden_size` is missing"),
         ("hidden_size", json!(0), "`hidden_size` is 0"),
         ("hidden_size", json!(-5), "-5"),
-        ("num_attention_heads", json!(1_000_000), "`num_attention_heads` is 1000000"),
+        (
+            "num_attention_heads",
+            json!(1_000_000),
+            "`num_attention_heads` is 1000000",
+        ),
         ("num_key_value_heads", json!(3), "evenly"),
         ("vocab_size", json!(1u64 << 60), "`vocab_size`"),
         ("rms_norm_eps", json!(-1), "epsilon"),
-        ("head_dim", json!(0), "a head is 0 wide"),
+        ("head_dim", json!(0), "`head_dim` is 0"),
         ("rope_theta", json!(0), "rope base"),
-        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), "`dynamic`"),
-        ("rope_scaling", json!({"type": "linear"}), "`factor` is missing"),
+        (
+            "rope_scaling",
+            json!({"type": "dynamic", "factor": 2}),
+            "`dynamic`",
+        ),
+        (
+            "rope_scaling",
+            json!({"type": "linear"}),
+            "`factor` is missing",
+        ),
     ] {
         dir.write(CONFIG, &good);
         edit(&dir, CONFIG, |c| c[key] = value);
@@ -360,7 +398,10 @@ fn defaults_and_ends_of_output() {
     let name = "generation_config.json";
     dir.write(name, r#"{"temperature": 0.5}"#);
     let merged = defaults().unwrap();
-    assert_eq!((merged.temperature, &merged.eos_ids[..]), (Some(0.5), &[258][..]));
+    assert_eq!(
+        (merged.temperature, &merged.eos_ids[..]),
+        (Some(0.5), &[258][..])
+    );
     dir.write(name, r#"{"eos_token_id": [1, 2]}"#);
     assert_eq!(defaults().unwrap().eos_ids, [1, 2]);
     dir.write(name, r#"{"top_p": 7}"#);

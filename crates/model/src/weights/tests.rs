@@ -154,8 +154,8 @@ fn what_contradicts_the_configuration_is_named() {
     assert!(refusal(tiny.f32(key, -1.0)).contains("not a positive number"));
 
     let mut tiny = tiny_llama_builder(&TinyLlama::default());
-    tiny.str("llama.rope.scaling.type", "yarn");
-    assert!(refusal(&tiny).contains("`yarn` is not supported"));
+    tiny.str("llama.rope.scaling.type", "dynamic");
+    assert!(refusal(&tiny).contains("`dynamic` is not supported"));
     let mut tiny = tiny_llama_builder(&TinyLlama::default());
     let tokens: Vec<String> = (0..260).map(|i| i.to_string()).collect();
     let key = "tokenizer.ggml.tokens";
@@ -174,32 +174,6 @@ fn a_backend_that_fails_ends_it() {
         error.to_string().contains("no room for 96 columns"),
         "{error}"
     );
-}
-
-#[test]
-fn rope_factors_are_optional_and_checked() {
-    let factors = |spec: &TinyLlama, change: &dyn Fn(&mut GgufBuilder)| {
-        let mut builder = tiny_llama_builder(spec);
-        change(&mut builder);
-        let file = TempFile::new(&builder.build());
-        let gguf = Gguf::open(file.path()).unwrap();
-        rope_factors(&gguf, &ModelConfig::from_gguf(&gguf).unwrap())
-    };
-    let with = TinyLlama {
-        rope_factors: true,
-        ..TinyLlama::default()
-    };
-    assert_eq!(factors(&TinyLlama::default(), &|_| ()).unwrap(), None);
-    assert_eq!(factors(&with, &|_| ()).unwrap(), Some(vec![1.5; 8]));
-    for bad in [vec![1.0; 7], vec![0.0; 8], vec![f32::NAN; 8]] {
-        let replace = |b: &mut GgufBuilder| {
-            let dims = [bad.len() as u64];
-            b.without(ROPE_FACTORS)
-                .floats(ROPE_FACTORS, &dims, GgmlType::F32, &bad);
-        };
-        let error = factors(&with, &replace).unwrap_err().to_string();
-        assert!(error.contains(ROPE_FACTORS), "{error}");
-    }
 }
 
 proptest! {
