@@ -7,8 +7,10 @@
 mod checkpoint;
 mod config;
 mod data_file;
+mod dummy;
 mod error;
 mod gguf;
+mod hf;
 mod ops;
 pub mod quant;
 mod rope;
@@ -19,10 +21,12 @@ mod weights;
 
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{ARCHITECTURES, Activation, LocalLayers, ModelConfig};
+pub use dummy::DummyModel;
 pub use error::ModelError;
 pub use gguf::{Array, Gguf, Metadata, Value};
+pub use hf::{GenerationDefaults, HfDirectory, HfModel, PICKLE_EXTENSIONS, pickle_error};
 pub use ops::{Loader, MatrixPart, MatrixSource, Ops};
 pub use quant::GgmlType;
 pub use rope::{Rope, RopePairing, RopeScaling, Rotation, long_rope_magnitude, yarn_magnitude};
 pub use transformer::Transformer;
-pub use weights::{LayerWeights, LoadError, Weights};
+pub use weights::{LayerWeights, LoadError, Weights, check_tensors};

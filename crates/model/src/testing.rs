@@ -1,5 +1,7 @@
 //! Small random models for tests, written as real GGUF files.
 
+pub mod hf;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -66,13 +66,21 @@ pub(crate) mod rope_tensor {
     pub(crate) const LONG: &str = "rope_factors_long.weight";
 }
 
+/// Checks that every tensor is there, has the shape that `config` says, and that there is none that
+/// nobody would use (ignoring one would silently give wrong results).
+///
+/// # Errors
+/// As said.
+pub fn check_tensors(model: &dyn Checkpoint, config: &ModelConfig) -> Result<(), ModelError> {
+    Plan::new(model, config).map(|_| ())
+}
+
 impl<M: Send, V: Send> Weights<M, V> {
-    /// Reads all weights on `threads` threads, after checking that every tensor is there, has the
-    /// shape that `config` says, and that the file holds no tensor that nobody would use (ignoring
-    /// one would silently give wrong results). Calls `progress` with the share of bytes done.
+    /// Reads all weights on `threads` threads, after [`check_tensors`]. Calls `progress` with the
+    /// share of bytes done.
     ///
     /// # Errors
-    /// As said, and when a read or the backend fails.
+    /// When the check, a read or the backend fails.
     pub fn load<L>(
         model: &dyn Checkpoint,
         config: &ModelConfig,

@@ -63,7 +63,7 @@ pub(crate) struct HubReference {
     pub(crate) repo: String,
     /// A branch, tag or commit.
     pub(crate) revision: String,
-    /// `None`: the only GGUF file there is.
+    /// `None`: the only GGUF model there is, or the safetensors.
     pub(crate) file: Option<String>,
 }
 
@@ -111,8 +111,13 @@ impl Reference {
             Self::Alias(alias) => alias.name.to_owned(),
             Self::Hub(hub) => hub.repo.clone(),
             Self::Path(_) | Self::Pip(_) => {
-                let stem = file.file_stem().unwrap_or_default();
-                stem.to_string_lossy().into_owned()
+                // A directory's real name: it may have been called `.` or through a link.
+                let directory = file.canonicalize().ok().filter(|path| path.is_dir());
+                let name = match &directory {
+                    Some(directory) => directory.file_name(),
+                    None => file.file_stem(),
+                };
+                name.unwrap_or_default().to_string_lossy().into_owned()
             }
         }
     }
