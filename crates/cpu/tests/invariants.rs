@@ -90,6 +90,18 @@ fn alone_chunked_and_batched_are_equal() {
             tied: true,
             ..TinyLlama::default()
         },
+        TinyLlama {
+            // Local and global layers; a window that ends within a tile.
+            architecture: "gemma3",
+            layers: 4,
+            window: Some(37),
+            ..TinyLlama::default()
+        },
+        TinyLlama {
+            architecture: "phi3",
+            window: Some(16),
+            ..TinyLlama::default()
+        },
     ];
     for mode in MODES {
         for spec in &specs {

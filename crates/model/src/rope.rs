@@ -1,5 +1,8 @@
 use std::f64::consts::TAU;
 
+#[cfg(test)]
+mod tests;
+
 /// Rotary position embedding (Su et al. 2021).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {

@@ -9,6 +9,9 @@ use crate::{
     RopeScaling,
 };
 
+#[cfg(test)]
+mod tests;
+
 impl ModelConfig {
     /// Reads the configuration from a file's metadata.
     ///
