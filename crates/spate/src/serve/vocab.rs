@@ -31,5 +31,6 @@ pub(crate) fn vocab_spec(metadata: &Metadata) -> Result<VocabSpec, ModelError> {
         add_space_prefix: metadata.get_bool(&key("add_space_prefix"))?,
         // No key tells: llama.cpp goes by the model's name.
         control_rstrip: model == "llama" && architecture == Some("phi3"),
+        model,
     })
 }
