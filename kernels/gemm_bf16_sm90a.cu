@@ -11,6 +11,7 @@
     gemm<NAME##_shape>(args);                                                                   \
   }
 
-GEMM(gemm_bf16_128x256, 256, 4, 2)
+GEMM(gemm_bf16_128x128, 128, 6, 2)
 GEMM(gemm_bf16_128x192, 192, 4, 2)
-GEMM(gemm_bf16_128x128, 128, 5, 2)
+GEMM(gemm_bf16_128x224, 224, 4, 2)
+GEMM(gemm_bf16_128x256, 256, 4, 2)

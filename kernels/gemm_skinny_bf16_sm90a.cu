@@ -7,8 +7,8 @@
     gemm<NAME##_shape>(args);                                                                   \
   }
 
-GEMM_SKINNY(gemm_skinny_bf16_8, 8, 2, 6, 1)
-GEMM_SKINNY(gemm_skinny_bf16_16, 16, 2, 5, 1)
-GEMM_SKINNY(gemm_skinny_bf16_32, 32, 2, 4, 1)
-GEMM_SKINNY(gemm_skinny_bf16_64, 64, 1, 6, 1)
-GEMM_SKINNY(gemm_skinny_bf16_128, 128, 1, 4, 1)
+GEMM_SKINNY(gemm_skinny_bf16_8, 8, 2, 11, 1)
+GEMM_SKINNY(gemm_skinny_bf16_16, 16, 2, 10, 1)
+GEMM_SKINNY(gemm_skinny_bf16_32, 32, 2, 8, 1)
+GEMM_SKINNY(gemm_skinny_bf16_64, 64, 2, 6, 1)
+GEMM_SKINNY(gemm_skinny_bf16_128, 128, 1, 8, 1)
