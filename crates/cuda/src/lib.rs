@@ -2,10 +2,12 @@
 //!
 //! [`driver`] wraps the CUDA driver, [`kernels`] has one module per file of `kernels/`: what a
 //! kernel takes, checked and typed. The kernels are compiled ahead of time (`cargo xtask kernels`)
-//! and embedded; libcuda is loaded at run time.
+//! and embedded; libcuda is loaded at run time. [`selftest`] compares each kernel with plain
+//! arithmetic on the machine at hand.
 
 pub mod driver;
 mod error;
 pub mod kernels;
+pub mod selftest;
 
 pub use error::CudaError;

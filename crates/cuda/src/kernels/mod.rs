@@ -11,12 +11,16 @@ mod add_rms_norm;
 mod copy_blocks;
 mod embed;
 mod rope;
+mod sample;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
+pub use sample::{
+    Chosen, Edit, MAX_EDITS, MAX_TOP, NONE, Sample, SampleTile, SlotMemory, SlotParams, Top, Want,
+};
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {
