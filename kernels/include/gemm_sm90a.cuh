@@ -7,9 +7,14 @@
 // it for all.
 //
 // Every output element is one float32 accumulator to which wgmma adds the products of 16 consecutive
-// k at a time, in the order of k. Neither the tile shape nor the number of rows changes its bits.
+// k at a time, in the order of k: no split along k. Neither the tile, nor which operand is A, nor the
+// number of rows changes its bits. (Seen on the H100: mma.sync gives the same bits, too.)
 //
-// Out-of-range rows and columns: TMA reads them as zero and doesn't write them.
+// Rows and columns out of range: TMA reads them as zero and doesn't write them.
+//
+// What bounds a step of 64 k, in cycles: the tensor cores, WARPGROUPS BN 2; shared memory at 128 bytes a
+// cycle, WARPGROUPS (64 + BN) for wgmma to read and BM + BN for TMA to write. 128 x 256: 1024, 1024;
+// 128 x 192: 768, 832; 128 x 128: 512, 640; 64 x 128: 256, 384.
 #pragma once
 
 #include "ptx.cuh"
@@ -44,12 +49,6 @@ struct GemmShape {
   static constexpr bool TRADE_REGISTERS = WARPGROUPS * BN > 256;
   static constexpr int PRODUCER_THREADS = TRADE_REGISTERS ? 128 : 32;
   static constexpr int THREADS = 128 * WARPGROUPS + PRODUCER_THREADS;
-  // Steps of a warpgroup that may be under way. Alone it must have the next step's wgmma queued to keep
-  // the tensor cores busy; of two, one works while the other waits and frees its stage early.
-#ifndef K2_PENDING
-#define K2_PENDING (WARPGROUPS == 1 ? 1 : 0)
-#endif
-  static constexpr int PENDING = K2_PENDING;
 
   static constexpr int BK = SLICES * SWIZZLE_K;
   static constexpr int A_SLICE = BM * SWIZZLE_ROW, B_SLICE = BN * SWIZZLE_ROW;
@@ -235,24 +234,20 @@ struct Gemm {
     RingPosition<Shape::STAGES> ring;
     float acc[Shape::BN / 2];
     for (int index = first_tile(); index < tiles(); index += tile_stride()) {
-      int done = ring.stage;
+      int previous = -1;
       for (int step = 0; step < steps; step++) {
         barrier_wait(full(ring.stage), ring.parity);
         multiply(warpgroup, ring.stage, step == 0, acc);
+        // The next step is queued before this one has ended: the tensor cores never wait.
+        wgmma_wait<1>();
+        if (previous >= 0) release(previous);
+        previous = ring.stage;
         ring.advance();
-        wgmma_wait<Shape::PENDING>();
-        if (step >= Shape::PENDING) {
-          release(done);
-          if (++done == Shape::STAGES) done = 0;
-        }
       }
-      if (Shape::PENDING > 0) {
-        wgmma_wait<0>();
-        release(done);
-      }
+      wgmma_wait<0>();
+      release(previous);
       wgmma_keep(acc);
-      const Tile here = tile(index);
-      store(warpgroup, here, acc);
+      store(warpgroup, tile(index), acc);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
   }
