@@ -8,6 +8,8 @@
 pub mod driver;
 mod error;
 pub mod kernels;
+mod linear;
 pub mod selftest;
 
 pub use error::CudaError;
+pub use linear::Linear;

@@ -10,6 +10,8 @@ mod act_mul;
 mod add_rms_norm;
 mod copy_blocks;
 mod embed;
+mod gemm;
+mod gemm_sm90a;
 mod rope;
 mod sample;
 
@@ -17,6 +19,8 @@ pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
+pub use gemm::{GemmPortable, Output, Product};
+pub use gemm_sm90a::GemmHopper;
 pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,

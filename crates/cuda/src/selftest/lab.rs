@@ -30,6 +30,8 @@ pub struct Report {
     pub time: Option<Duration>,
     /// Bytes that this case must move, if it is bound by memory.
     pub bytes: Option<u64>,
+    /// Multiplications and additions that it must do, if it is bound by arithmetic.
+    pub operations: Option<u64>,
 }
 
 impl Report {
@@ -53,6 +55,10 @@ impl fmt::Display for Report {
             if let Some(bytes) = self.bytes {
                 let rate = bytes as f64 / time.as_secs_f64() / 1e9;
                 write!(f, "  {rate:>6.0} GB/s")?;
+            }
+            if let Some(operations) = self.operations {
+                let rate = operations as f64 / time.as_secs_f64() / 1e12;
+                write!(f, "  {rate:>6.1} TFLOP/s")?;
             }
         }
         Ok(())
@@ -211,6 +217,7 @@ impl Lab {
             limit,
             time: None,
             bytes: None,
+            operations: None,
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod elementwise;
 mod lab;
+mod linear;
 mod sampling;
 
 pub use lab::Report;
@@ -21,6 +22,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("embed", elementwise::embed),
     ("add_rms_norm", elementwise::add_rms_norm),
     ("act_mul", elementwise::act_mul),
+    ("linear", linear::linear),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
