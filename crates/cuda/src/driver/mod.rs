@@ -9,6 +9,7 @@ mod launch;
 mod memory;
 mod module;
 mod stream;
+mod tensor_map;
 
 pub use device::Device;
 pub use graph::Graph;
@@ -16,3 +17,4 @@ pub use launch::{Arguments, Parameter, Shape};
 pub use memory::{Arena, Pinned, Plain, Slice};
 pub use module::{Image, Kernel, Module};
 pub use stream::{Event, Priority, Stream};
+pub use tensor_map::TensorMap;
