@@ -8,6 +8,7 @@
 
 mod act_mul;
 mod add_rms_norm;
+mod attention;
 mod copy_blocks;
 mod embed;
 mod gemm;
@@ -17,6 +18,9 @@ mod sample;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
+pub use attention::{
+    Attention, AttentionModel, AttentionStep, DecodeScratch, Path, Sequence, Work,
+};
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
