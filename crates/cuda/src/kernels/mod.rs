@@ -15,6 +15,7 @@ mod gemm;
 mod gemm_sm90a;
 mod rope;
 mod sample;
+mod scatter;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
@@ -30,6 +31,7 @@ pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
     Top, Want,
 };
+pub use scatter::Scatter;
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {
