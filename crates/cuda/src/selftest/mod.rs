@@ -27,6 +27,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
     ("sample", sampling::sample),
+    ("speed of the sampler", sampling::speed),
 ];
 
 /// Runs the checks whose name contains `filter`; calls `out` for each report.

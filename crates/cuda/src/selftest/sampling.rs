@@ -55,12 +55,10 @@ pub(super) fn sample(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
             }
         }
     }
-    let mut reports = vec![
+    Ok(vec![
         lab.report("sample: choices", &choices, 0.0),
         lab.report("sample: logprobs", &logprobs, 2e-5),
-    ];
-    reports.extend(timed(lab, &kernel)?);
-    Ok(reports)
+    ])
 }
 
 /// Slots with random parameters, on the device and here.
@@ -413,7 +411,8 @@ fn uniform(seed: u64, position: u32) -> f64 {
     bits as f64 / (1u64 << 53) as f64
 }
 
-fn timed(lab: &mut Lab, kernel: &Sample) -> Result<Vec<Report>, CudaError> {
+pub(super) fn speed(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let kernel = &Sample::load(lab.device())?;
     let greedy = SamplingParams::default();
     let drawn = SamplingParams {
         temperature: 0.8,
