@@ -7,11 +7,12 @@
 //! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
+//! Scales of int8 keys multiply the scores, those of int8 values the weights.
 
 use spate_types::BlockId;
 
-use crate::kv::{HeadPool, KvShape, TILE};
-use crate::linear::{Column, F32x16, Kernel, Lanes};
+use crate::kv::{HeadPool, KvLine, KvShape, TILE, Tile};
+use crate::linear::{F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
 
@@ -53,7 +54,7 @@ struct Queries<const N: usize> {
     acc: [[F32x16; N]; MAX_LINES],
 }
 
-impl<C: Column> Kernel for Attention<'_, C> {
+impl<C: KvLine> Kernel for Attention<'_, C> {
     #[inline(always)]
     fn run<V: Lanes>(self, v: V) {
         let count = self.tokens * self.group;
@@ -70,7 +71,7 @@ impl<C: Column> Kernel for Attention<'_, C> {
     }
 }
 
-impl<C: Column> Attention<'_, C> {
+impl<C: KvLine> Attention<'_, C> {
     /// Where query `i` lies in `queries` and `out`.
     #[inline(always)]
     fn offset(&self, i: usize) -> usize {
@@ -100,11 +101,15 @@ impl<C: Column> Attention<'_, C> {
             let scores = queries.scores(v, keys);
             // How much of the tile each query may see.
             let seen = std::array::from_fn(|n| (position(n) + 1).saturating_sub(start).min(TILE));
-            let weights = queries.weights(v, dim / TILE, scores, seen);
+            let mut weights = queries.weights(v, dim / TILE, scores, seen);
+            if let Some(scales) = values.scales {
+                let positions = weights.iter_mut().zip(scales.0);
+                positions.for_each(|(weights, s)| weights.iter_mut().for_each(|w| *w *= s));
+            }
             if seen[0] == TILE {
-                queries.add(v, values, dim / TILE, &weights);
+                queries.add(v, values.lines, dim / TILE, &weights);
             } else {
-                queries.add_seen(v, values, dim / TILE, &weights, seen);
+                queries.add_seen(v, values.lines, dim / TILE, &weights, seen);
             }
         }
         for n in 0..N {
@@ -122,13 +127,17 @@ impl<C: Column> Attention<'_, C> {
 
 impl<const N: usize> Queries<N> {
     #[inline(always)]
-    fn scores<V: Lanes, C: Column>(&self, v: V, keys: &[C]) -> [V::F; N] {
+    fn scores<V: Lanes, C: KvLine>(&self, v: V, keys: Tile<'_, C>) -> [V::F; N] {
         let mut scores = [v.splat(0.0); N];
-        for (key, q) in keys.iter().zip(&self.q) {
+        for (key, q) in keys.lines.iter().zip(&self.q) {
             let key = key.load(v);
             for n in 0..N {
                 scores[n] = v.mul_add(v.splat(q[n]), key, scores[n]);
             }
+        }
+        if let Some(scales) = keys.scales {
+            let scales = v.load(scales);
+            scores = scores.map(|score| v.mul(score, scales));
         }
         scores
     }
@@ -172,7 +181,7 @@ impl<const N: usize> Queries<N> {
 
     /// Adds the weighted values of a tile that all queries see.
     #[inline(always)]
-    fn add<V: Lanes, C: Column>(
+    fn add<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
         values: &[C],
@@ -195,7 +204,7 @@ impl<const N: usize> Queries<N> {
     /// The same for a tile at the end of what they see. A weight of 0 is not enough there: leftovers
     /// may be infinite.
     #[inline(always)]
-    fn add_seen<V: Lanes, C: Column>(
+    fn add_seen<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
         values: &[C],

@@ -9,7 +9,7 @@ use spate_executor::{
 use spate_model::{Gguf, LoadError, ModelConfig, Transformer, Weights, rope_factors};
 use spate_types::Slot;
 
-use crate::kv::{KvCache, KvPool, KvShape, TILE};
+use crate::kv::{KvCache, KvDtype, KvShape, TILE};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
 use crate::rope;
@@ -26,9 +26,10 @@ const MAX_BLOCK_SIZE: usize = 1024;
 /// How numbers are represented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CpuMode {
-    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32. The oracle.
+    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32 if no other was asked for. The oracle.
     Exact,
-    /// Weights stay quantised and meet int8 activations, the KV cache is float16.
+    /// Weights stay quantised and meet int8 activations, the KV cache is float16 if no
+    /// other was asked for.
     Fast,
 }
 
@@ -43,12 +44,23 @@ pub struct CpuConfig {
     pub block_size: u32,
     /// Size of the KV pool.
     pub kv_cache_bytes: u64,
+    /// How its numbers are stored; by default as wide as the mode computes.
+    pub kv_dtype: Option<KvDtype>,
     /// Most positions in one sequence; 0 takes the model's context length.
     pub max_seq_len: u32,
     /// Sequences that can be alive at once.
     pub slots: u32,
     /// Most input tokens in one step.
     pub max_batch_tokens: u32,
+}
+
+impl CpuConfig {
+    fn kv_dtype(&self) -> KvDtype {
+        self.kv_dtype.unwrap_or(match self.mode {
+            CpuMode::Exact => KvDtype::F32,
+            CpuMode::Fast => KvDtype::F16,
+        })
+    }
 }
 
 /// Runs a model on the CPU: one step thread, which takes batches in order, and a pool that shares
@@ -92,17 +104,15 @@ impl CpuExecutor {
         })?;
         let factors = rope_factors(gguf, &model)?;
         let rates = rope::rates(&model.rope, factors.as_deref());
-        let (kv, elem) = match config.mode {
-            CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),
-            CpuMode::Fast => (KvCache::F16(KvPool::new(shape)?), size_of::<u16>()),
-        };
+        let kv = KvCache::new(shape, config.kv_dtype())?;
+        let kv_bytes = shape.block_bytes(config.kv_dtype()) * shape.blocks as u64;
         let tokens = config.max_batch_tokens as usize;
         let mut ops = CpuOps::new(pool, &model, kv, config.slots as usize, tokens)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", shape.block_bytes(elem) * shape.blocks as u64),
+            ("KV cache", kv_bytes),
             ("activations", ops.activation_bytes()),
         ];
         let worker = Worker {
@@ -296,17 +306,13 @@ fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError
         blocks: 0,
         block_size,
     };
-    let elem = match config.mode {
-        CpuMode::Exact => size_of::<f32>(),
-        CpuMode::Fast => size_of::<u16>(),
-    };
-    let blocks = config.kv_cache_bytes / shape.block_bytes(elem);
+    let block_bytes = shape.block_bytes(config.kv_dtype());
+    let blocks = config.kv_cache_bytes / block_bytes;
     shape.blocks = blocks.min(u32::MAX.into()) as usize;
     if shape.blocks == 0 {
         return Err(CpuError::Config(format!(
-            "a KV cache of {} bytes has no room for one block of {block_size} tokens ({} bytes)",
-            config.kv_cache_bytes,
-            shape.block_bytes(elem)
+            "a KV cache of {} bytes has no room for one block of {block_size} tokens ({block_bytes} bytes)",
+            config.kv_cache_bytes
         )));
     }
     Ok(shape)

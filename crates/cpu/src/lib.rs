@@ -23,4 +23,5 @@ mod weights;
 use attention::MAX_HEAD_DIM;
 pub use error::CpuError;
 pub use executor::{CpuConfig, CpuExecutor, CpuMode};
+pub use kv::KvDtype;
 pub use pool::ThreadPool;

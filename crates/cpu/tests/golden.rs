@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{Runner, Sequence, real};
+use common::{Runner, Sequence, real, real_with_kv};
 use serde_json::Value;
-use spate_cpu::CpuMode;
+use spate_cpu::{CpuMode, KvDtype};
 use spate_types::{SamplingParams, TokenId};
 
 const GOLDEN: &str = include_str!("../../../tests/golden/SmolLM2-135M-Instruct.Q4_1.json");
@@ -128,4 +128,31 @@ fn exact_and_fast_agree_with_the_oracle() {
     assert!(exact <= 2e-3, "exact: mean |Δ prompt logprob| {exact}");
     assert!(fast <= 0.05, "fast: mean |Δ prompt logprob| {fast}");
     assert!(agreement >= 0.97, "fast: top-1 agreement {agreement}");
+}
+
+/// In exact mode, where nothing else is rounded to a few bits.
+#[test]
+fn a_narrow_kv_cache_costs_little() {
+    let Some(mut wide) = real(CpuMode::Exact) else {
+        return;
+    };
+    let cases = cases();
+    let expected = run(&mut wide, &cases, 1);
+    for (dtype, limit) in [
+        (KvDtype::F16, 1e-3),
+        (KvDtype::Bf16, 0.01),
+        (KvDtype::Int8, 0.02),
+    ] {
+        let mut narrow = real_with_kv(CpuMode::Exact, Some(dtype)).unwrap();
+        let runs = run(&mut narrow, &cases, 1);
+        let logprobs = |runs: &[Sequence]| -> Vec<f64> {
+            let all = runs.iter().flat_map(|run| &run.prompt_logprobs);
+            all.map(|l| f64::from(l.logprob)).collect()
+        };
+        let (got, want) = (logprobs(&runs), logprobs(&expected));
+        let sum: f64 = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).sum();
+        let mean = sum / want.len() as f64;
+        println!("{dtype:?}: mean |Δ logprob| {mean:.6}");
+        assert!(mean > 0.0 && mean <= limit, "{dtype:?}: {mean}");
+    }
 }

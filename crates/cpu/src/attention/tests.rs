@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::kv::KvPool;
-use crate::linear::{F16x16, Isa};
+use crate::linear::{Bf16x16, F16x16, I8x16, Isa};
 
 const TOKENS: usize = 53;
 const KV_HEADS: usize = 2;
@@ -45,7 +45,7 @@ impl Input {
         }
     }
 
-    fn pool<C: Column>(&self) -> KvPool<C> {
+    fn pool<C: KvLine>(&self) -> KvPool<C> {
         let dim = self.head_dim;
         let shape = shape(dim);
         let mut pool = KvPool::new(shape).unwrap();
@@ -63,7 +63,7 @@ impl Input {
     }
 
     /// All queries, `tokens` at a time.
-    fn attend<C: Column>(&self, isa: Isa, pool: &KvPool<C>, tokens: usize) -> Vec<f32> {
+    fn attend<C: KvLine>(&self, isa: Isa, pool: &KvPool<C>, tokens: usize) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.queries.len()];
         let disjoint = Disjoint::new(&mut out);
         for token in (0..TOKENS).step_by(tokens) {
@@ -85,6 +85,21 @@ impl Input {
             }
         }
         out
+    }
+
+    /// Close to what it should be, and the same on every instruction set in chunks of any size.
+    fn check<C: KvLine>(&self, want: &[f64], tolerance: f64) {
+        let pool = self.pool::<C>();
+        let whole = self.attend(Isa::best(), &pool, TOKENS);
+        let name = std::any::type_name::<C>();
+        let off = furthest(&whole, want);
+        assert!(off < tolerance, "group {}, {name}: {off}", self.group);
+        for isa in Isa::available() {
+            for tokens in [1, 2, 7, 16] {
+                let path = format!("{} by {tokens}, group {}, {name}", isa.name(), self.group);
+                assert_eq!(self.attend(isa, &pool, tokens), whole, "{path}");
+            }
+        }
     }
 
     /// Softmax attention as its definition says, in float64.
@@ -125,17 +140,9 @@ fn close_to_float64_and_equal_on_every_path() {
     for (group, head_dim) in [(1, 16), (3, 64), (5, 48), (8, 32)] {
         let input = Input::new(group, head_dim);
         let want = input.reference();
-        let (wide, narrow) = (input.pool::<F32x16>(), input.pool::<F16x16>());
-        let whole = input.attend(Isa::best(), &wide, TOKENS);
-        let whole_f16 = input.attend(Isa::best(), &narrow, TOKENS);
-        assert!(furthest(&whole, &want) < 2e-6, "group {group}");
-        assert!(furthest(&whole_f16, &want) < 2e-3, "group {group}, float16");
-        for isa in Isa::available() {
-            for tokens in [1, 2, 7, 16] {
-                let path = format!("{} by {tokens}, group {group}", isa.name());
-                assert_eq!(input.attend(isa, &wide, tokens), whole, "{path}");
-                assert_eq!(input.attend(isa, &narrow, tokens), whole_f16, "{path}");
-            }
-        }
+        input.check::<F32x16>(&want, 2e-6);
+        input.check::<F16x16>(&want, 2e-3);
+        input.check::<Bf16x16>(&want, 2e-2);
+        input.check::<I8x16>(&want, 2e-2);
     }
 }
