@@ -404,3 +404,17 @@ fn a_hub_that_never_answers_costs_three_seconds() {
     );
     assert!(start.elapsed() < OUT_OF_REACH, "{:?}", start.elapsed());
 }
+
+#[test]
+fn a_directory_is_its_only_model_file() {
+    let home = Home::new("exit 1");
+    let file = home.scratch.write("models/a.gguf", b"GGUF");
+    let directory = file.parent().unwrap().to_str().unwrap();
+    assert_eq!(pulled(&home.run(&["pull", directory])), file);
+    // A link that leads nowhere is no model.
+    std::os::unix::fs::symlink("/does/not/exist", file.with_file_name("b.gguf")).unwrap();
+    assert_eq!(pulled(&home.run(&["pull", directory])), file);
+    home.scratch.write("models/c.gguf", b"GGUF");
+    assert!(complaint(&home.run(&["pull", directory])).contains("holds 2 .gguf files; name one"));
+    assert!(complaint(&home.run(&["pull", "./nowhere"])).contains("no model at ./nowhere"));
+}

@@ -227,7 +227,7 @@ mod tests {
         assert!(
             report
                 .to_string()
-                .contains("2 × HTTP 429 (first: HTTP 429: full)"),
+                .contains("error: 2 × HTTP 429, first: full"),
             "{report}"
         );
     }

@@ -208,7 +208,9 @@ impl Report {
             )?;
         }
         for (kind, Errors { count, first }) in &self.errors {
-            writeln!(f, "error: {count} × {kind} (first: {first})")?;
+            let first = first.trim_start_matches(kind.as_str());
+            let first = first.trim_start_matches([':', ' ']);
+            writeln!(f, "error: {count} × {kind}, first: {first}")?;
         }
         Ok(())
     }
