@@ -8,6 +8,9 @@
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
 //! Scales of int8 keys multiply the scores, those of int8 values the weights.
+//!
+//! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
+//! the instruction set and so not inlined.
 
 use spate_types::BlockId;
 
@@ -137,7 +140,9 @@ impl<const N: usize> Queries<N> {
         }
         if let Some(scales) = keys.scales {
             let scales = v.load(scales);
-            scores = scores.map(|score| v.mul(score, scales));
+            for score in &mut scores {
+                *score = v.mul(*score, scales);
+            }
         }
         scores
     }
@@ -170,9 +175,11 @@ impl<const N: usize> Queries<N> {
                 }
                 self.max[n] = max;
             }
-            let own = scores.map(|score| exp(score - max));
-            self.sum[n] += fold(&own, |a, b| a + b);
-            for (weights, own) in weights.iter_mut().zip(own) {
+            for score in &mut scores {
+                *score = exp(*score - max);
+            }
+            self.sum[n] += fold(&scores, |a, b| a + b);
+            for (weights, own) in weights.iter_mut().zip(scores) {
                 weights[n] = own;
             }
         }
@@ -189,7 +196,10 @@ impl<const N: usize> Queries<N> {
         weights: &[[f32; N]; TILE],
     ) {
         for (line, acc) in self.acc[..lines].iter_mut().enumerate() {
-            let mut sums: [V::F; N] = std::array::from_fn(|n| v.load(&acc[n]));
+            let mut sums = [v.splat(0.0); N];
+            for n in 0..N {
+                sums[n] = v.load(&acc[n]);
+            }
             let column = values[line..].iter().step_by(lines);
             for (value, weights) in column.zip(weights) {
                 let value = value.load(v);
@@ -197,7 +207,9 @@ impl<const N: usize> Queries<N> {
                     sums[n] = v.mul_add(v.splat(weights[n]), value, sums[n]);
                 }
             }
-            *acc = sums.map(|sum| v.store(sum));
+            for n in 0..N {
+                acc[n] = v.store(sums[n]);
+            }
         }
     }
 
@@ -227,7 +239,11 @@ impl<const N: usize> Queries<N> {
 /// Halves against halves: a fixed order that takes few steps.
 #[inline(always)]
 fn fold(values: &[f32; TILE], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|i| f(values[i], values[i + 8]));
-    let four: [f32; 4] = std::array::from_fn(|i| f(eight[i], eight[i + 4]));
-    f(f(four[0], four[2]), f(four[1], four[3]))
+    let mut values = *values;
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            values[i] = f(values[i], values[i + half]);
+        }
+    }
+    values[0]
 }
