@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, Estimate, KvDtype};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
-use spate_model::{Gguf, ModelConfig};
+use spate_model::Gguf;
 use spate_types::{BlockId, SamplingParams, Slot, TokenId};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -35,16 +35,18 @@ fn main() -> Result<()> {
     let start = Instant::now();
     let gguf = Gguf::open(&options.model)?;
     let blocks = (options.prompt + options.output).div_ceil(BLOCK);
-    let config = CpuConfig {
+    let mut config = CpuConfig {
         mode: CpuMode::Fast,
         threads: options.threads,
         block_size: BLOCK,
-        kv_cache_bytes: options.kv_bytes(&gguf, blocks)?,
+        kv_cache_bytes: u64::MAX,
         kv_dtype: options.kv,
         max_seq_len: 0,
         slots: options.streams,
         max_batch_tokens: options.prompt.max(options.streams),
     };
+    let block = Estimate::new(&gguf, &config)?.kv_block;
+    config.kv_cache_bytes = block * u64::from(options.streams * blocks);
     let mut bench = Bench {
         executor: CpuExecutor::load(&gguf, &config, &mut |_| {})?,
         blocks,
@@ -99,18 +101,6 @@ impl Options {
             }
         }
         Ok((options.model.is_file()).then_some(options))
-    }
-
-    /// What the streams need at the width of `self.kv`, and nothing more.
-    fn kv_bytes(&self, gguf: &Gguf, blocks: u32) -> Result<u64> {
-        let model = ModelConfig::from_gguf(gguf)?;
-        let numbers = 2 * model.layers * model.kv_width();
-        let bytes = match self.kv {
-            Some(KvDtype::F32) => 4 * numbers,
-            None | Some(KvDtype::F16 | KvDtype::Bf16) => 2 * numbers,
-            Some(KvDtype::Int8) => numbers + numbers / model.head_dim * 4,
-        };
-        Ok(bytes as u64 * u64::from(self.streams * blocks * BLOCK))
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value as Json, json};
 
-use crate::{ChatTemplate, Rendered, TemplateInput, TextError, fixture};
+use crate::{ChatTemplate, Rendered, TemplateInput, TemplateSource, TextError, fixture};
 
 /// 2026-11-23 12:00 UTC, when the corpus was made.
 const CORPUS_TIME: i64 = 1_795_435_200;
@@ -129,6 +129,40 @@ fn errors_say_what_the_template_raised_or_where_it_failed() {
         "{syntax}"
     );
     assert!(syntax.contains("(line 2)"), "{syntax}");
+}
+
+#[test]
+fn tools_have_a_template_of_their_own_where_the_model_has_one() {
+    let source = TemplateSource {
+        default: "{{ messages[0].content }}".into(),
+        tool_use: Some("{{ tools[0].name }}: {{ messages[0].content }}".into()),
+    };
+    let messages = user("hi");
+    let tools = json!([{ "name": "sum" }]);
+    let text = |source: &TemplateSource, tools| {
+        let template = ChatTemplate::compile_all(source, &fixture::tokenizer()).unwrap();
+        let input = TemplateInput {
+            tools,
+            ..input(&messages)
+        };
+        template.render(&input).unwrap().text
+    };
+    assert_eq!(text(&source, None), "hi");
+    assert_eq!(text(&source, Some(&tools)), "sum: hi");
+    assert_eq!(text(&TemplateSource::new("plain"), Some(&tools)), "plain");
+    let broken = TemplateSource {
+        tool_use: Some("{% if %}".into()),
+        ..source
+    };
+    assert!(ChatTemplate::compile_all(&broken, &fixture::tokenizer()).is_err());
+}
+
+#[test]
+fn malformed_tags_are_errors() {
+    for source in ["{%}", "a{%}b", "{%-}", "{%", "{% generation", "{{}", "{#"] {
+        let error = ChatTemplate::compile(source, &fixture::tokenizer());
+        assert!(error.is_err(), "{source}");
+    }
 }
 
 #[test]

@@ -81,15 +81,15 @@ fn bos_and_eos_as_the_model_wants_them() {
     })
     .unwrap();
     assert_eq!(
-        (t.bos_text(), t.eos_text(), t.eos_ids()),
-        ("<|im_start|>", "<|im_end|>", &[2][..])
+        (t.bos_text(), t.eos_text(), t.eos_ids()[0]),
+        ("<|im_start|>", "<|im_end|>", 2)
     );
     let t = Tokenizer::from_vocab(VocabSpec {
-        eot: Some(4),
+        eot: Some(7),
         ..spec()
     })
     .unwrap();
-    assert_eq!(t.eos_ids(), [2, 4]);
+    assert_eq!(t.eos_ids()[..2], [2, 7]);
 }
 
 #[test]
@@ -100,10 +100,19 @@ fn refuses_what_it_cannot_do_right() {
         Tokenizer::from_vocab(spec).err().unwrap()
     };
     assert!(
+        refused(&|s| s.model = "bert".into())
+            .to_string()
+            .contains("bert")
+    );
+    assert!(
         refused(&|s| s.model = "llama".into())
             .to_string()
-            .contains("llama")
+            .contains("scores")
     );
+    refused(&|s| s.add_space_prefix = Some(true));
+    refused(&|s| s.token_types[0] = 7);
+    refused(&|s| s.token_types[0] = -1);
+    refused(&|s| s.token_types.push(1));
     assert!(matches!(
         refused(&|s| s.pre = Some("x".into())),
         TextError::UnknownPreTokenizer { .. }
@@ -124,6 +133,36 @@ fn refuses_what_it_cannot_do_right() {
             .contains("merge")
     );
     refused(&|s| s.tokens.clear());
+}
+
+#[test]
+fn more_ways_to_end() {
+    let mut spec = fixture::vocab();
+    spec.tokens[4] = "<end_of_turn>".into();
+    let t = Tokenizer::from_vocab(spec).unwrap();
+    assert_eq!(
+        t.eos_ids(),
+        [2, 4, 0],
+        "eos, then <end_of_turn> and <|endoftext|>, which the file does not name"
+    );
+    let t = t.with_eos_ids(&[4, 7]).unwrap();
+    assert_eq!(t.eos_ids(), [2, 4, 0, 7]);
+    assert_eq!(t.eos_text(), "<|im_end|>");
+    let outside = t.vocab_size() as u32;
+    assert!(t.with_eos_ids(&[outside]).is_err());
+}
+
+#[test]
+fn synthetic_tokenizers_round_trip() {
+    let t = Tokenizer::synthetic(300).unwrap();
+    assert_eq!(t.vocab_size(), 300);
+    let text = "any text:\t\u{0} é 中 👩";
+    let ids = t.encode(text, true, true).unwrap();
+    assert_eq!(ids, text.bytes().map(u32::from).collect::<Vec<_>>());
+    assert_eq!(t.decode(&ids, true), text);
+    assert_eq!(t.decode(&[256, 299], true), " t256 t299");
+    assert!(t.eos_ids().is_empty());
+    assert!(Tokenizer::synthetic(255).is_err());
 }
 
 #[test]

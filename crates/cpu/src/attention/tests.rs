@@ -63,7 +63,13 @@ impl Input {
     }
 
     /// All queries, `tokens` at a time.
-    fn attend<C: KvLine>(&self, isa: Isa, pool: &KvPool<C>, tokens: usize) -> Vec<f32> {
+    fn attend<C: KvLine>(
+        &self,
+        isa: Isa,
+        pool: &KvPool<C>,
+        tokens: usize,
+        window: usize,
+    ) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.queries.len()];
         let disjoint = Disjoint::new(&mut out);
         for token in (0..TOKENS).step_by(tokens) {
@@ -81,6 +87,7 @@ impl Input {
                     head: kv_head * self.group,
                     group: self.group,
                     scale: 0.7,
+                    window,
                 });
             }
         }
@@ -88,22 +95,23 @@ impl Input {
     }
 
     /// Close to what it should be, and the same on every instruction set in chunks of any size.
-    fn check<C: KvLine>(&self, want: &[f64], tolerance: f64) {
+    fn check<C: KvLine>(&self, window: usize, want: &[f64], tolerance: f64) {
         let pool = self.pool::<C>();
-        let whole = self.attend(Isa::best(), &pool, TOKENS);
+        let whole = self.attend(Isa::best(), &pool, TOKENS, window);
         let name = std::any::type_name::<C>();
+        let what = format!("group {}, window {window}, {name}", self.group);
         let off = furthest(&whole, want);
-        assert!(off < tolerance, "group {}, {name}: {off}", self.group);
+        assert!(off < tolerance, "{what}: {off}");
         for isa in Isa::available() {
             for tokens in [1, 2, 7, 16] {
-                let path = format!("{} by {tokens}, group {}, {name}", isa.name(), self.group);
-                assert_eq!(self.attend(isa, &pool, tokens), whole, "{path}");
+                let got = self.attend(isa, &pool, tokens, window);
+                assert_eq!(got, whole, "{} by {tokens}, {what}", isa.name());
             }
         }
     }
 
     /// Softmax attention as its definition says, in float64.
-    fn reference(&self) -> Vec<f64> {
+    fn reference(&self, window: usize) -> Vec<f64> {
         let dim = self.head_dim;
         let heads = KV_HEADS * self.group;
         let mut out = Vec::new();
@@ -119,11 +127,15 @@ impl Input {
                     .sum();
                 (sum * 0.7).exp()
             };
-            let weights: Vec<f64> = (0..=token).map(score).collect();
+            let first = (token + 1).saturating_sub(window);
+            let weights: Vec<f64> = (first..=token).map(score).collect();
             let sum: f64 = weights.iter().sum();
             out.extend((0..dim).map(|d| {
                 let values = weights.iter().enumerate();
-                values.map(|(t, w)| w * of(&self.values, t, d)).sum::<f64>() / sum
+                values
+                    .map(|(t, w)| w * of(&self.values, first + t, d))
+                    .sum::<f64>()
+                    / sum
             }));
         }
         out
@@ -138,11 +150,13 @@ fn furthest(got: &[f32], want: &[f64]) -> f64 {
 #[test]
 fn close_to_float64_and_equal_on_every_path() {
     for (group, head_dim) in [(1, 16), (3, 64), (5, 48), (8, 32)] {
-        let input = Input::new(group, head_dim);
-        let want = input.reference();
-        input.check::<F32x16>(&want, 2e-6);
-        input.check::<F16x16>(&want, 2e-3);
-        input.check::<Bf16x16>(&want, 2e-2);
-        input.check::<I8x16>(&want, 2e-2);
+        for window in [usize::MAX, 1, 16, 21] {
+            let input = Input::new(group, head_dim);
+            let want = input.reference(window);
+            input.check::<F32x16>(window, &want, 2e-6);
+            input.check::<F16x16>(window, &want, 2e-3);
+            input.check::<Bf16x16>(window, &want, 2e-2);
+            input.check::<I8x16>(window, &want, 2e-2);
+        }
     }
 }

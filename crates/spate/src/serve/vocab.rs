@@ -13,8 +13,9 @@ pub(crate) fn vocab_spec(metadata: &Metadata) -> Result<VocabSpec, ModelError> {
             .unwrap_or_default()
             .to_vec())
     };
+    let model = text("model")?.unwrap_or_default();
+    let architecture = metadata.get_str("general.architecture")?;
     Ok(VocabSpec {
-        model: text("model")?.unwrap_or_default(),
         pre: text("pre")?,
         tokens: texts("tokens")?,
         token_types: metadata
@@ -25,9 +26,11 @@ pub(crate) fn vocab_spec(metadata: &Metadata) -> Result<VocabSpec, ModelError> {
         bos: metadata.get_u32(&key("bos_token_id"))?,
         eos: metadata.get_u32(&key("eos_token_id"))?,
         eot: metadata.get_u32(&key("eot_token_id"))?,
-        unk: metadata.get_u32(&key("unknown_token_id"))?,
         add_bos: metadata.get_bool(&key("add_bos_token"))?,
         add_eos: metadata.get_bool(&key("add_eos_token"))?,
         add_space_prefix: metadata.get_bool(&key("add_space_prefix"))?,
+        // No key tells: llama.cpp goes by the model's name.
+        control_rstrip: model == "llama" && architecture == Some("phi3"),
+        model,
     })
 }

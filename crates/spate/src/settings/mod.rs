@@ -22,6 +22,7 @@ use table::ENV_PREFIX;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Settings {
     pub(crate) model: String,
+    pub(crate) load_format: LoadFormat,
     pub(crate) served_model_name: Vec<String>,
     pub(crate) chat_template: Option<PathBuf>,
     pub(crate) host: String,
@@ -51,6 +52,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             model: crate::resolve::DEFAULT_MODEL.into(),
+            load_format: LoadFormat::Auto,
             served_model_name: Vec::new(),
             chat_template: None,
             host: "127.0.0.1".into(),
@@ -103,6 +105,10 @@ macro_rules! choice {
 choice! {
     /// How the numbers of the KV cache are stored.
     KvCacheDtype { Auto = "auto", F32 = "f32", F16 = "f16", Bf16 = "bf16", Int8 = "int8" }
+}
+choice! {
+    /// Where weights come from.
+    LoadFormat { Auto = "auto", Dummy = "dummy" }
 }
 choice! {
     /// How the CPU backend computes.
