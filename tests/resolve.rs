@@ -16,6 +16,9 @@ use zip::write::SimpleFileOptions;
 /// A source that is out of reach may cost 3 s; the rest is for a busy machine.
 const OUT_OF_REACH: Duration = Duration::from_secs(6);
 
+/// Names and contents of a wheel's files.
+type Members<'a> = &'a [(&'a str, &'a [u8])];
+
 /// A home of its own with a `python3` that runs `script` where pip would run, with the requirement
 /// in `$requirement` and the target directory in `$dest`.
 struct Home {
@@ -44,11 +47,11 @@ impl Home {
     }
 
     /// A fake pip that delivers `<package>.whl` of the home directory.
-    fn delivering(members: &[(&str, &[(&str, &[u8])])]) -> Self {
+    fn delivering(wheels: &[(&str, Members)]) -> Self {
         let home = Self::new(
             "echo 'Collecting it'\necho '  Downloading it.whl (1 kB)'\ncp \"$home/${requirement%%==*}.whl\" \"$dest/\"",
         );
-        for (package, members) in members {
+        for (package, members) in wheels {
             let file =
                 std::fs::File::create(home.scratch.path().join(format!("{package}.whl"))).unwrap();
             let mut zip = ZipWriter::new(file);
@@ -400,4 +403,18 @@ fn a_hub_that_never_answers_costs_three_seconds() {
         "{output:?}"
     );
     assert!(start.elapsed() < OUT_OF_REACH, "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_directory_is_its_only_model_file() {
+    let home = Home::new("exit 1");
+    let file = home.scratch.write("models/a.gguf", b"GGUF");
+    let directory = file.parent().unwrap().to_str().unwrap();
+    assert_eq!(pulled(&home.run(&["pull", directory])), file);
+    // A link that leads nowhere is no model.
+    std::os::unix::fs::symlink("/does/not/exist", file.with_file_name("b.gguf")).unwrap();
+    assert_eq!(pulled(&home.run(&["pull", directory])), file);
+    home.scratch.write("models/c.gguf", b"GGUF");
+    assert!(complaint(&home.run(&["pull", directory])).contains("holds 2 .gguf files; name one"));
+    assert!(complaint(&home.run(&["pull", "./nowhere"])).contains("no model at ./nowhere"));
 }

