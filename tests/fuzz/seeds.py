@@ -75,6 +75,35 @@ def tokenizer_json(normalizer, pre_tokenizer, decoder):
     return json.dumps(file, ensure_ascii=False).encode() + b"\0" + json.dumps(config).encode()
 
 
+def safetensors():
+    """A model's index and its only file."""
+    tensors, offset = {}, 0
+    for name, shape in [("model.embed_tokens.weight", [4, 4]), ("model.norm.weight", [4]), ("model.layers.0.self_attn.q_norm.weight", [4])]:
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    index = {"metadata": {"total_size": offset}, "weight_map": {name: "model.safetensors" for name in tensors}}
+    header = json.dumps({"__metadata__": {"format": "pt"}} | tensors).encode()
+    return json.dumps(index).encode(), struct.pack("<Q", len(header)) + header + bytes(range(offset))
+
+
+def config(model_type, more):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu"}
+    return json.dumps({"model_type": model_type, "torch_dtype": "bfloat16", "eos_token_id": [1, 2]} | sizes | more).encode()
+
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+GEMMA3 = {"head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 6, "query_pre_attn_scalar": 8, "rope_local_base_freq": 1e4,
+          "hidden_activation": "gelu_pytorch_tanh", "layer_types": ["sliding_attention", "full_attention"]}
+CONFIGS = {"llama": {"rope_scaling": LLAMA3_ROPE}, "mistral": {"sliding_window": None}, "qwen2": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+           "qwen3": {"head_dim": 8}, "gemma3_text": GEMMA3, "phi3": {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32}}
+for model_type, more in CONFIGS.items():
+    write("config", model_type, config(model_type, more) + b'\0{"temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": 3}')
+index, file = safetensors()
+write("safetensors", "sharded", index + b"\0" + file)
+write("safetensors", "single", b"\0" + file)
 for arch in ["llama", "qwen2", "qwen3", "gemma3", "phi3"]:
     write("gguf", arch, gguf(arch))
 for name, *parts in tokenizers():

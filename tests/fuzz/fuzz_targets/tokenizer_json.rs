@@ -8,8 +8,8 @@ use libfuzzer_sys::fuzz_target;
 use spate_text::{ChatTemplate, TemplateSource, Tokenizer};
 
 fuzz_target!(|bytes: &[u8]| {
-    let mut files = bytes.splitn(2, |&b| b == 0);
-    let (tokenizer, config) = (files.next().unwrap_or_default(), files.next());
+    let [tokenizer, config] = spate_fuzz::parts(bytes);
+    let config = Some(config).filter(|c| !c.is_empty());
     let template = TemplateSource::find(config, None);
     let Ok(tokenizer) = Tokenizer::from_tokenizer_json(tokenizer, config) else {
         return;
