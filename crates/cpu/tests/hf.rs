@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Runner, Sequence, config, test_model_path};
+use common::{Runner, SMOLLM2, Sequence, config};
 use serde_json::Value;
 use spate_cpu::{CpuExecutor, CpuMode};
 use spate_model::testing::hf::{TempDir, convert_to_hf};
@@ -83,7 +83,7 @@ fn tiny_models_agree() {
 
 #[test]
 fn the_real_model_agrees() {
-    let Some(path) = test_model_path() else {
+    let Some(path) = SMOLLM2.path() else {
         return;
     };
     let gguf = Gguf::open(&path).unwrap();

@@ -175,6 +175,19 @@ impl Rope {
         Rotation { rates, magnitude }
     }
 
+    /// The longest context, given what a configuration says: those with YaRN may mean the original
+    /// one and leave it to the reader to stretch that.
+    pub(crate) fn reach(&self, context: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                ..
+            } => context.max((original_context as f32 * factor) as u32 as usize),
+            _ => context,
+        }
+    }
+
     /// Index (with a fraction) of the pair that turns `turns` times within `context` positions.
     fn pair_that_turns(&self, turns: f32, context: usize) -> f64 {
         let rate = TAU * f64::from(turns) / context as f64;

@@ -47,7 +47,7 @@ impl ModelConfig {
             head_dim,
             ffn: keys.size("feed_forward_length", limit::WIDTH)?,
             vocab_size: vocab_size(gguf)?,
-            context_len,
+            context_len: rope.reach(context_len),
             norm_eps: keys.required_f32("attention.layer_norm_rms_epsilon")?,
             local: keys.local_layers(layers, context_len, &rope)?,
             rope,

@@ -106,7 +106,7 @@ impl HfConfig {
             head_dim,
             ffn: size("intermediate_size", json.intermediate_size, limit::WIDTH)?,
             vocab_size: size("vocab_size", json.vocab_size, limit::VOCAB as u32)?,
-            context_len: stretched(context, &rope),
+            context_len: rope.reach(context),
             norm_eps: json.rms_norm_eps.unwrap_or(1e-6),
             local: json.local_layers(gemma, layers, context, &rope)?,
             rope,
@@ -268,18 +268,6 @@ impl Json {
                 "`dtype` {other} is not supported; supported are float32, float16 and bfloat16"
             )),
         }
-    }
-}
-
-/// The context that YaRN stretches to, which configurations leave to the reader to compute.
-fn stretched(context: usize, rope: &Rope) -> usize {
-    match rope.scaling {
-        RopeScaling::Yarn {
-            factor,
-            original_context,
-            ..
-        } => context.max((original_context as f32 * factor) as u32 as usize),
-        _ => context,
     }
 }
 

@@ -143,6 +143,10 @@ fn rope_scaling_comes_as_metadata_or_tensors() {
             magnitude: yarn_magnitude(4.0),
         })
     );
+    // 128 positions, stretched by 8, are more than the 512 of the file.
+    let mut far = tiny("qwen2");
+    far.str(kind, "yarn").f32(factor, 8.0).u32(original, 128);
+    assert_eq!(read(&far).unwrap().context_len, 1024);
     let tensor = |name, values: Vec<f32>| {
         let dims = [values.len() as u64];
         move |b: &mut GgufBuilder| {
