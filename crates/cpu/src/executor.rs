@@ -91,17 +91,18 @@ impl CpuExecutor {
             LoadError::Backend(e) => CpuError::Quant(e),
         })?;
         let ropes = Ropes::new(&model, capacity.max_seq_len as usize);
-        let (kv, elem) = match config.mode {
-            CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),
-            CpuMode::Fast => (KvCache::F16(KvPool::new(shape)?), size_of::<u16>()),
+        let kv = match config.mode {
+            CpuMode::Exact => KvCache::F32(KvPool::new(shape)?),
+            CpuMode::Fast => KvCache::F16(KvPool::new(shape)?),
         };
+        let kv_bytes = shape.block_bytes(kv_elem(config.mode)) * shape.blocks as u64;
         let tokens = config.max_batch_tokens as usize;
         let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", shape.block_bytes(elem) * shape.blocks as u64),
+            ("KV cache", kv_bytes),
             ("activations", ops.activation_bytes()),
         ];
         let worker = Worker {
@@ -273,6 +274,19 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
     text.unwrap_or("no message")
 }
 
+/// Bytes of a block of the KV cache.
+pub(crate) fn kv_block_bytes(model: &ModelConfig, config: &CpuConfig) -> Result<u64, CpuError> {
+    Ok(kv_shape(model, config)?.block_bytes(kv_elem(config.mode)))
+}
+
+/// Bytes of a number in the KV cache.
+fn kv_elem(mode: CpuMode) -> usize {
+    match mode {
+        CpuMode::Exact => size_of::<f32>(),
+        CpuMode::Fast => size_of::<u16>(),
+    }
+}
+
 fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError> {
     let (block_size, tile) = (config.block_size as usize, TILE);
     if !(tile..=MAX_BLOCK_SIZE).contains(&block_size) || !block_size.is_multiple_of(tile) {
@@ -293,10 +307,7 @@ fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError
         blocks: 0,
         block_size,
     };
-    let elem = match config.mode {
-        CpuMode::Exact => size_of::<f32>(),
-        CpuMode::Fast => size_of::<u16>(),
-    };
+    let elem = kv_elem(config.mode);
     let blocks = config.kv_cache_bytes / shape.block_bytes(elem);
     shape.blocks = blocks.min(u32::MAX.into()) as usize;
     if shape.blocks == 0 {

@@ -17,7 +17,7 @@ use crate::weights::Matrix;
 use crate::{CpuError, ThreadPool};
 
 /// Positions whose logits exist at the same time.
-const LOGIT_TILE: usize = 16;
+pub(crate) const LOGIT_TILE: usize = 16;
 
 /// Tokens that elementwise loops do on one thread: fewer are not worth waking another.
 const TASK_TOKENS: usize = 8;

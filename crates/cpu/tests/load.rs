@@ -4,7 +4,7 @@
 mod common;
 
 use common::config;
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, Estimate};
 use spate_executor::Executor;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{GgmlType, Gguf};
@@ -66,4 +66,29 @@ fn capacity_and_budget_follow_the_settings() {
     let gguf = Gguf::open(file.path()).unwrap();
     CpuExecutor::load(&gguf, &config(CpuMode::Exact), &mut |p| progress.push(p)).unwrap();
     assert_eq!(progress.last(), Some(&1.0));
+}
+
+#[test]
+fn what_loading_takes_is_known_before() {
+    for (mode, weights) in [
+        (CpuMode::Exact, GgmlType::Q4_1),
+        (CpuMode::Fast, GgmlType::Q4_1),
+        (CpuMode::Fast, GgmlType::F16),
+    ] {
+        let file = TempFile::new(&tiny_llama(&TinyLlama {
+            weights,
+            ..TinyLlama::default()
+        }));
+        let gguf = Gguf::open(file.path()).unwrap();
+        let config = config(mode);
+        let estimate = Estimate::new(&gguf, &config).unwrap();
+        let executor = CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap();
+        let blocks = u64::from(executor.capacity().blocks);
+        let expected = [
+            ("weights", estimate.weights),
+            ("KV cache", estimate.kv_block * blocks),
+            ("activations", estimate.activations),
+        ];
+        assert_eq!(executor.memory_budget(), expected, "{mode:?} {weights}");
+    }
 }

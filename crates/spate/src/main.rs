@@ -4,6 +4,7 @@ mod bench;
 mod chat;
 mod client;
 mod models;
+mod opened;
 mod resolve;
 mod serve;
 mod settings;

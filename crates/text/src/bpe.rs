@@ -98,7 +98,9 @@ impl Bpe {
 
     /// Each pair that merges.
     pub(crate) fn pairs(&self) -> impl Iterator<Item = (TokenId, TokenId)> + '_ {
-        self.merges.keys().map(|&key| ((key >> 32) as u32, key as u32))
+        self.merges
+            .keys()
+            .map(|&key| ((key >> 32) as u32, key as u32))
     }
 
     /// Appends the tokens of one word that starts as `tokens`, of which there are fewer than 2^32.

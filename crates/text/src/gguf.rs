@@ -91,7 +91,9 @@ impl Tokenizer {
                 )));
             }
         };
-        let turn_ends = END_OF_TURN.iter().filter_map(|&text| ids.get(text).copied());
+        let turn_ends = END_OF_TURN
+            .iter()
+            .filter_map(|&text| ids.get(text).copied());
         let turn_ends = turn_ends.filter(|&id| read.vocab.kind(id) == Kind::Control);
         let mut eos_ids: Vec<TokenId> = spec.eos.into_iter().chain(spec.eot).collect();
         eos_ids.extend(turn_ends);

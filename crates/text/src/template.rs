@@ -81,7 +81,10 @@ impl ChatTemplate {
         env.add_test("iterable", python::is_iterable);
         env.add_function("raise_exception", python::raise_exception);
         let tool_use = source.tool_use.as_deref();
-        let sources = [(DEFAULT, Some(source.default.as_str())), (TOOL_USE, tool_use)];
+        let sources = [
+            (DEFAULT, Some(source.default.as_str())),
+            (TOOL_USE, tool_use),
+        ];
         for (name, source) in sources {
             let Some(source) = source else { continue };
             env.add_template_owned(name, without_generation_tags(source))
@@ -115,7 +118,9 @@ impl ChatTemplate {
         let data = [input.messages, input.tools.unwrap_or(&Json::Null), &extra];
         let marks = self.guard.marks(&data)?;
         let context = context(input, &marks, now)?;
-        let for_tools = input.tools.and_then(|_| self.env.get_template(TOOL_USE).ok());
+        let for_tools = input
+            .tools
+            .and_then(|_| self.env.get_template(TOOL_USE).ok());
         let template = for_tools
             .or_else(|| self.env.get_template(DEFAULT).ok())
             .expect("compile added the template");

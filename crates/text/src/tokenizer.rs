@@ -108,7 +108,9 @@ impl Tokenizer {
         }
         add_distinct(&mut self.eos_ids, ids.to_vec());
         if self.eos_text.is_empty() {
-            self.eos_text = ids.first().map_or(String::new(), |&id| self.vocab.text(id).into());
+            self.eos_text = ids
+                .first()
+                .map_or(String::new(), |&id| self.vocab.text(id).into());
         }
         Ok(self)
     }

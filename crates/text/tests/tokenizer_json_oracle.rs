@@ -94,7 +94,10 @@ fn file(family: &str, picks: &[(Index, Index)], merges_as_pairs: bool) -> Json {
     } else {
         let bytes = (0..=255).map(|b: u8| format!("<0x{b:02X}>"));
         let pool = vec!["a", "b", "▁", "1", "é", "s"];
-        (bytes.chain(pool.iter().map(|t| t.to_string())).collect(), pool)
+        (
+            bytes.chain(pool.iter().map(|t| t.to_string())).collect(),
+            pool,
+        )
     };
     let mut pool: Vec<String> = pool.drain(..).map(str::to_owned).collect();
     let mut merges = Vec::new();

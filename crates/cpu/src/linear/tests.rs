@@ -311,3 +311,23 @@ fn bytes_that_do_not_fit_the_shape_are_refused() {
         ));
     }
 }
+
+#[test]
+fn sizes_are_known_before() {
+    let mut random = Random(5);
+    let pool = ThreadPool::new(1).unwrap();
+    for ty in GgmlType::ALL {
+        for (rows, cols) in [(1, 256), (48, 512)] {
+            let matrix = random.matrix(ty, rows, cols);
+            let shape = (rows, cols);
+            let exact = LinearWeight::exact(ty, shape, &matrix.bytes, &pool).unwrap();
+            assert_eq!(exact.bytes() as u64, LinearWeight::exact_bytes(shape));
+            let fast = LinearWeight::fast(ty, shape, &matrix.bytes, &pool).unwrap();
+            assert_eq!(
+                fast.bytes() as u64,
+                LinearWeight::fast_bytes(ty, shape),
+                "{ty}"
+            );
+        }
+    }
+}

@@ -57,6 +57,11 @@ impl Gguf {
         Ok(gguf)
     }
 
+    /// The files, the one with the metadata first.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(DataFile::path)
+    }
+
     /// Size of all files together.
     pub fn file_bytes(&self) -> u64 {
         self.files.iter().map(DataFile::size).sum()

@@ -156,6 +156,11 @@ impl HfModel {
         Ok(model)
     }
 
+    /// The weight files.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(DataFile::path)
+    }
+
     /// Takes a tensor of a file over, under its new name.
     fn add(&mut self, mut tensor: TensorInfo, tied: bool) -> Result<(), ModelError> {
         let sandwich = self.config.post_norms;

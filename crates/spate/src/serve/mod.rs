@@ -4,6 +4,7 @@ mod banner;
 mod load;
 mod logging;
 mod signals;
+mod text;
 mod vocab;
 
 use std::net::SocketAddr;

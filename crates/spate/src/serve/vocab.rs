@@ -15,10 +15,7 @@ pub(crate) fn vocab_spec(metadata: &Metadata) -> Result<VocabSpec, ModelError> {
     };
     let model = text("model")?.unwrap_or_default();
     let architecture = metadata.get_str("general.architecture")?;
-    // No key tells: llama.cpp goes by the model's name.
-    let control_rstrip = model == "llama" && architecture == Some("phi3");
     Ok(VocabSpec {
-        model,
         pre: text("pre")?,
         tokens: texts("tokens")?,
         token_types: metadata
@@ -32,6 +29,8 @@ pub(crate) fn vocab_spec(metadata: &Metadata) -> Result<VocabSpec, ModelError> {
         add_bos: metadata.get_bool(&key("add_bos_token"))?,
         add_eos: metadata.get_bool(&key("add_eos_token"))?,
         add_space_prefix: metadata.get_bool(&key("add_space_prefix"))?,
-        control_rstrip,
+        // No key tells: llama.cpp goes by the model's name.
+        control_rstrip: model == "llama" && architecture == Some("phi3"),
+        model,
     })
 }

@@ -22,6 +22,7 @@ use table::ENV_PREFIX;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Settings {
     pub(crate) model: String,
+    pub(crate) load_format: LoadFormat,
     pub(crate) served_model_name: Vec<String>,
     pub(crate) chat_template: Option<PathBuf>,
     pub(crate) host: String,
@@ -50,6 +51,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             model: crate::resolve::DEFAULT_MODEL.into(),
+            load_format: LoadFormat::Auto,
             served_model_name: Vec::new(),
             chat_template: None,
             host: "127.0.0.1".into(),
@@ -98,6 +100,10 @@ macro_rules! choice {
     };
 }
 
+choice! {
+    /// Where weights come from.
+    LoadFormat { Auto = "auto", Dummy = "dummy" }
+}
 choice! {
     /// How the CPU backend computes.
     CpuMode { Exact = "exact", Fast = "fast" }

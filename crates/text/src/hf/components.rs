@@ -18,8 +18,13 @@ use crate::vocab::META_SPACE;
 enum Normalizer {
     #[serde(rename = "NFC")]
     Nfc,
-    Prepend { prepend: String },
-    Replace { pattern: Pattern, content: String },
+    Prepend {
+        prepend: String,
+    },
+    Replace {
+        pattern: Pattern,
+        content: String,
+    },
 }
 
 #[derive(Deserialize, Debug)]
@@ -60,10 +65,17 @@ fn yes() -> bool {
 #[serde(tag = "type")]
 enum Decoder {
     ByteLevel,
-    Replace { pattern: Pattern, content: String },
+    Replace {
+        pattern: Pattern,
+        content: String,
+    },
     ByteFallback,
     Fuse,
-    Strip { content: char, start: usize, stop: usize },
+    Strip {
+        content: char,
+        start: usize,
+        stop: usize,
+    },
     Metaspace(Metaspace),
 }
 
@@ -84,7 +96,9 @@ struct Template {
 enum Piece {
     /// The text.
     Sequence {},
-    SpecialToken { id: String },
+    SpecialToken {
+        id: String,
+    },
 }
 
 #[derive(Deserialize, Debug)]
@@ -107,7 +121,8 @@ pub(super) enum Shape {
 impl Shape {
     pub(super) fn parse(json: &TokenizerJson) -> Result<Self, TextError> {
         let normalizers = components("normalizer", "normalizers", json.normalizer.as_ref())?;
-        let splitters: Vec<Splitter> = components(SPLITTER, "pretokenizers", json.pre_tokenizer.as_ref())?;
+        let splitters: Vec<Splitter> =
+            components(SPLITTER, "pretokenizers", json.pre_tokenizer.as_ref())?;
         let decoders = components("decoder", "decoders", json.decoder.as_ref())?;
         if matches!(splitters.last(), Some(Splitter::ByteLevel { .. })) {
             return byte_level(&normalizers, &splitters, &decoders);
@@ -181,7 +196,11 @@ fn byte_level(
     let mut stages = Vec::new();
     for (i, splitter) in splitters.iter().enumerate() {
         let is_last = i + 1 == splitters.len();
-        stages.extend(splitter.stage(is_last).map_err(|why| refuse(SPLITTER, why))?);
+        stages.extend(
+            splitter
+                .stage(is_last)
+                .map_err(|why| refuse(SPLITTER, why))?,
+        );
     }
     Ok(Shape::ByteLevel {
         pre: PreTokenizer::new(stages),
@@ -220,9 +239,7 @@ impl Splitter {
                 ..
             } => Err("ByteLevel with add_prefix_space is not supported".into()),
             Self::ByteLevel { use_regex, .. } if is_last => match use_regex {
-                true => Stage::new(GPT2, true)
-                    .map(Some)
-                    .map_err(|e| e.to_string()),
+                true => Stage::new(GPT2, true).map(Some).map_err(|e| e.to_string()),
                 false => Ok(None),
             },
             other => Err(format!("{other:?} is not supported before ByteLevel")),
@@ -259,7 +276,12 @@ fn sentencepiece(
     match splitters {
         [] if replaces => {}
         // Finds nothing: there is no space left.
-        [Splitter::Split { pattern: Pattern::String(space), .. }] if replaces && space == " " => {}
+        [
+            Splitter::Split {
+                pattern: Pattern::String(space),
+                ..
+            },
+        ] if replaces && space == " " => {}
         [Splitter::Metaspace(metaspace)] if prefix.is_none() => prefix = metaspace.prefix()?,
         [] => return Err(refuse("normalizer", "nothing replaces spaces by ▁")),
         other => {

@@ -22,8 +22,8 @@ use crate::whole::{WholeToken, WholeTokens};
 use crate::{TextError, Tokenizer};
 
 use components::{Affixes, Shape};
-use config::TokenizerConfig;
 pub use config::TemplateSource;
+use config::TokenizerConfig;
 
 /// What of `tokenizer.json` says how to tokenize. Truncation and padding are the caller's business,
 /// as they are in `transformers`.
@@ -113,7 +113,10 @@ impl Tokenizer {
         };
         let outline: Outline = serde_json::from_slice(tokenizer).map_err(malformed)?;
         if let Some(kind) = outline.model.kind.filter(|kind| kind != "BPE") {
-            return Err(refuse("model.type", format!("{kind:?}; only \"BPE\" is supported")));
+            return Err(refuse(
+                "model.type",
+                format!("{kind:?}; only \"BPE\" is supported"),
+            ));
         }
         let json: TokenizerJson = serde_json::from_slice(tokenizer).map_err(malformed)?;
         let config = tokenizer_config.map(TokenizerConfig::parse).transpose()?;
@@ -125,7 +128,12 @@ fn build(json: TokenizerJson, config: &TokenizerConfig) -> Result<Tokenizer, Tex
     check_model(&json.model)?;
     let shape = Shape::parse(&json)?;
     let (tokens, kinds) = tokens_by_id(&json, &shape)?;
-    let ids: Ids = json.model.vocab.iter().map(|(text, &id)| (text.as_str(), id)).collect();
+    let ids: Ids = json
+        .model
+        .vocab
+        .iter()
+        .map(|(text, &id)| (text.as_str(), id))
+        .collect();
     let bpe = Bpe::listed(json.model.merges.iter().enumerate().map(sides), &ids)?;
     let (composed, whole) = whole_tokens(&json.added_tokens, &shape);
 
@@ -187,7 +195,10 @@ fn check_model(model: &Model) -> Result<(), TextError> {
         return Err(refuse("model.dropout", "random merges are not supported"));
     }
     if !is_empty(&model.continuing_subword_prefix) {
-        return Err(refuse("model.continuing_subword_prefix", "is not supported"));
+        return Err(refuse(
+            "model.continuing_subword_prefix",
+            "is not supported",
+        ));
     }
     if !is_empty(&model.end_of_word_suffix) {
         return Err(refuse("model.end_of_word_suffix", "is not supported"));
@@ -206,7 +217,10 @@ fn unknown(model: &Model) -> Result<Option<(TokenId, bool)>, TextError> {
     };
     let id = model.vocab.get(text);
     let id = id.ok_or_else(|| {
-        refuse("model.unk_token", format!("{text:?} is not in the vocabulary"))
+        refuse(
+            "model.unk_token",
+            format!("{text:?} is not in the vocabulary"),
+        )
     })?;
     Ok(Some((*id, is_set(model.fuse_unk))))
 }
@@ -245,7 +259,10 @@ fn tokens_by_id(
     let mut kinds = vec![Kind::Reserved; n];
     for (text, &id) in vocab {
         if kinds[id as usize] != Kind::Reserved {
-            return Err(refuse("model.vocab", format!("two tokens have the id {id}")));
+            return Err(refuse(
+                "model.vocab",
+                format!("two tokens have the id {id}"),
+            ));
         }
         tokens[id as usize].clone_from(text);
         kinds[id as usize] = match shape {
@@ -266,7 +283,9 @@ fn tokens_by_id(
         if elsewhere || (kinds[id] != Kind::Reserved && tokens[id] != *text) {
             return Err(refuse(
                 &field,
-                format!("{text:?} has the id {id}, which contradicts model.vocab or another added token"),
+                format!(
+                    "{text:?} has the id {id}, which contradicts model.vocab or another added token"
+                ),
             ));
         }
         tokens[id].clone_from(text);

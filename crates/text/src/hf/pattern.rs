@@ -46,7 +46,8 @@ fn has_possessive(pattern: &str) -> bool {
         match c {
             '\\' => {
                 // The braces of `\p{L}` repeat nothing.
-                if chars.next().is_some_and(|c| "pPxu".contains(c)) && chars.as_str().starts_with('{')
+                if chars.next().is_some_and(|c| "pPxu".contains(c))
+                    && chars.as_str().starts_with('{')
                 {
                     chars.find(|&c| c == '}');
                 }
@@ -81,7 +82,11 @@ mod tests {
             let error = stage(pattern).err().expect(pattern);
             assert!(error.contains(why), "{pattern}: {error}");
         }
-        for pattern in [r"[*+]+|\?+", r"a+?b", r"\p{N}{1,3}| ?[^\s\p{L}]+|\s+(?!\S)|\s+"] {
+        for pattern in [
+            r"[*+]+|\?+",
+            r"a+?b",
+            r"\p{N}{1,3}| ?[^\s\p{L}]+|\s+(?!\S)|\s+",
+        ] {
             assert!(stage(pattern).is_ok(), "{pattern}");
         }
     }
