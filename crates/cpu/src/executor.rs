@@ -9,7 +9,7 @@ use spate_executor::{
 use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
 
-use crate::kv::{KvCache, KvPool, KvShape, TILE};
+use crate::kv::{KvCache, KvDtype, KvShape, TILE};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
 use crate::rope::Ropes;
@@ -26,9 +26,10 @@ const MAX_BLOCK_SIZE: usize = 1024;
 /// How numbers are represented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CpuMode {
-    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32. The oracle.
+    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32 if no other was asked for. The oracle.
     Exact,
-    /// Weights stay quantised and meet int8 activations, the KV cache is float16.
+    /// Weights stay quantised and meet int8 activations, the KV cache is float16 if no
+    /// other was asked for.
     Fast,
 }
 
@@ -43,12 +44,23 @@ pub struct CpuConfig {
     pub block_size: u32,
     /// Size of the KV pool.
     pub kv_cache_bytes: u64,
+    /// How its numbers are stored; by default as wide as the mode computes.
+    pub kv_dtype: Option<KvDtype>,
     /// Most positions in one sequence; 0 takes the model's context length.
     pub max_seq_len: u32,
     /// Sequences that can be alive at once.
     pub slots: u32,
     /// Most input tokens in one step.
     pub max_batch_tokens: u32,
+}
+
+impl CpuConfig {
+    fn kv_dtype(&self) -> KvDtype {
+        self.kv_dtype.unwrap_or(match self.mode {
+            CpuMode::Exact => KvDtype::F32,
+            CpuMode::Fast => KvDtype::F16,
+        })
+    }
 }
 
 /// Runs a model on the CPU: one step thread, which takes batches in order, and a pool that shares
@@ -91,11 +103,8 @@ impl CpuExecutor {
             LoadError::Backend(e) => CpuError::Quant(e),
         })?;
         let ropes = Ropes::new(&model, capacity.max_seq_len as usize);
-        let kv = match config.mode {
-            CpuMode::Exact => KvCache::F32(KvPool::new(shape)?),
-            CpuMode::Fast => KvCache::F16(KvPool::new(shape)?),
-        };
-        let kv_bytes = shape.block_bytes(kv_elem(config.mode)) * shape.blocks as u64;
+        let kv = KvCache::new(shape, config.kv_dtype())?;
+        let kv_bytes = shape.block_bytes(config.kv_dtype()) * shape.blocks as u64;
         let tokens = config.max_batch_tokens as usize;
         let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
         let weight_bytes = weight_bytes(&weights);
@@ -276,15 +285,7 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
 
 /// Bytes of a block of the KV cache.
 pub(crate) fn kv_block_bytes(model: &ModelConfig, config: &CpuConfig) -> Result<u64, CpuError> {
-    Ok(kv_shape(model, config)?.block_bytes(kv_elem(config.mode)))
-}
-
-/// Bytes of a number in the KV cache.
-fn kv_elem(mode: CpuMode) -> usize {
-    match mode {
-        CpuMode::Exact => size_of::<f32>(),
-        CpuMode::Fast => size_of::<u16>(),
-    }
+    Ok(kv_shape(model, config)?.block_bytes(config.kv_dtype()))
 }
 
 fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError> {
@@ -307,14 +308,13 @@ fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError
         blocks: 0,
         block_size,
     };
-    let elem = kv_elem(config.mode);
-    let blocks = config.kv_cache_bytes / shape.block_bytes(elem);
+    let block_bytes = shape.block_bytes(config.kv_dtype());
+    let blocks = config.kv_cache_bytes / block_bytes;
     shape.blocks = blocks.min(u32::MAX.into()) as usize;
     if shape.blocks == 0 {
         return Err(CpuError::Config(format!(
-            "a KV cache of {} bytes has no room for one block of {block_size} tokens ({} bytes)",
-            config.kv_cache_bytes,
-            shape.block_bytes(elem)
+            "a KV cache of {} bytes has no room for one block of {block_size} tokens ({block_bytes} bytes)",
+            config.kv_cache_bytes
         )));
     }
     Ok(shape)

@@ -5,8 +5,8 @@ use spate_model::{Activation, ModelConfig, Ops};
 use spate_types::{Logprobs, SampledToken};
 
 use crate::attention::Attention;
-use crate::kv::{KvCache, KvPool};
-use crate::linear::{Column, Isa, Scratch, linear};
+use crate::kv::{KvCache, KvLine, KvPool};
+use crate::linear::{Isa, Scratch, linear};
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
 use crate::rope::{NormRotate, Ropes};
@@ -267,6 +267,8 @@ impl Ops for CpuOps {
         match &mut self.kv {
             KvCache::F32(kv) => append(&self.pool, kv, step, layer, k, v),
             KvCache::F16(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::Bf16(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::Int8(kv) => append(&self.pool, kv, step, layer, k, v),
         }
         Ok(())
     }
@@ -281,6 +283,8 @@ impl Ops for CpuOps {
         match &self.kv {
             KvCache::F32(kv) => self.attend(kv, step, layer, qkv, out),
             KvCache::F16(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::Bf16(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::Int8(kv) => self.attend(kv, step, layer, qkv, out),
         }
         Ok(())
     }
@@ -409,7 +413,7 @@ impl Choice<'_> {
 }
 
 /// Writes the keys and values of a step, `[tokens, kv_heads * head_dim]` each; heads in parallel.
-fn append<C: Column>(
+fn append<C: KvLine>(
     pool: &ThreadPool,
     kv: &mut KvPool<C>,
     step: &Step,
@@ -436,7 +440,7 @@ fn append<C: Column>(
 }
 
 impl CpuOps {
-    fn attend<C: Column>(
+    fn attend<C: KvLine>(
         &self,
         kv: &KvPool<C>,
         step: &Step,

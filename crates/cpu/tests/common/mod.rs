@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput};
 use spate_model::Gguf;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
@@ -77,6 +77,7 @@ pub fn config(mode: CpuMode) -> CpuConfig {
         threads: 2,
         block_size: 16,
         kv_cache_bytes: 64 << 20,
+        kv_dtype: None,
         max_seq_len: 0,
         slots: 16,
         max_batch_tokens: 512,
@@ -93,8 +94,18 @@ pub fn tiny(mode: CpuMode, spec: &TinyLlama) -> Runner {
 
 /// A real model, if it's there.
 pub fn real(model: &RealModel, mode: CpuMode) -> Option<Runner> {
+    real_with_kv(model, mode, None)
+}
+
+/// The same, with the KV cache in another type.
+pub fn real_with_kv(
+    model: &RealModel,
+    mode: CpuMode,
+    kv_dtype: Option<KvDtype>,
+) -> Option<Runner> {
     let gguf = Gguf::open(&model.path()?).unwrap();
     let mut config = config(mode);
+    config.kv_dtype = kv_dtype;
     if mode == CpuMode::Exact {
         config.kv_cache_bytes *= 2;
     }

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_engine::{EngineConfig, SchedulerConfig};
 use spate_executor::{Capacity, Executor};
 use spate_model::Checkpoint;
@@ -18,7 +18,7 @@ use spate_server::{App, ServedModel};
 use super::text;
 use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
-use crate::settings::{self, Settings};
+use crate::settings::{self, KvCacheDtype, Settings};
 
 /// What the banner tells about the model.
 pub(crate) struct Summary {
@@ -132,6 +132,13 @@ fn load_executor(
         threads: settings.threads,
         block_size: settings.block_size,
         kv_cache_bytes: settings.kv_cache_memory,
+        kv_dtype: match settings.kv_cache_dtype {
+            KvCacheDtype::Auto => None,
+            KvCacheDtype::F32 => Some(KvDtype::F32),
+            KvCacheDtype::F16 => Some(KvDtype::F16),
+            KvCacheDtype::Bf16 => Some(KvDtype::Bf16),
+            KvCacheDtype::Int8 => Some(KvDtype::Int8),
+        },
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: settings.max_num_seqs,
         max_batch_tokens: settings.max_num_batched_tokens,
