@@ -124,7 +124,14 @@ fn load_executor(
     settings: &Settings,
     app: &App,
 ) -> Result<CpuExecutor> {
-    let config = CpuConfig {
+    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
+    let config = cpu_config(settings);
+    Ok(CpuExecutor::load(checkpoint, &config, &mut progress)?)
+}
+
+/// The settings of the CPU backend.
+pub(crate) fn cpu_config(settings: &Settings) -> CpuConfig {
+    CpuConfig {
         mode: match settings.cpu_mode {
             settings::CpuMode::Exact => CpuMode::Exact,
             settings::CpuMode::Fast => CpuMode::Fast,
@@ -142,9 +149,7 @@ fn load_executor(
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: settings.max_num_seqs,
         max_batch_tokens: settings.max_num_batched_tokens,
-    };
-    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
-    Ok(CpuExecutor::load(checkpoint, &config, &mut progress)?)
+    }
 }
 
 /// What was asked for, if the KV cache can hold it; otherwise what it can hold.
