@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
 use spate_model::Gguf;
-use spate_types::{BlockId, SamplingParams, Slot};
+use spate_types::{BlockId, LocalBlocks, SamplingParams, Slot};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -101,14 +101,20 @@ fn row(slot: u32, start: u32, input: Input) -> Row {
         input,
         // Room for 1024 positions each.
         blocks: Arc::new((slot * 32..(slot + 1) * 32).map(BlockId).collect()),
+        local: LocalBlocks::default(),
         sample: true,
         prompt_logprobs: false,
     }
 }
 
 fn step(executor: &mut CpuExecutor, rows: Vec<Row>) -> Result<Duration> {
-    let copies = Vec::new();
-    executor.submit(Lane::Main, Batch { copies, rows })?;
+    executor.submit(
+        Lane::Main,
+        Batch {
+            rows,
+            ..Batch::default()
+        },
+    )?;
     let done = executor.wait(Instant::now() + Duration::from_secs(600))?;
     Ok(done.ok_or("a step takes too long")?.busy)
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, Estimate, KvDtype};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
 use spate_model::Gguf;
-use spate_types::{BlockId, SamplingParams, Slot, TokenId};
+use spate_types::{BlockId, LocalBlocks, SamplingParams, Slot, TokenId};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -154,6 +154,7 @@ impl Bench {
             start,
             input,
             blocks: Arc::new(blocks.map(BlockId).collect()),
+            local: LocalBlocks::default(),
             sample: true,
             prompt_logprobs: false,
         }
@@ -161,8 +162,13 @@ impl Bench {
 
     fn step(&mut self, rows: Vec<Row>) -> Result<Duration> {
         let start = Instant::now();
-        let copies = Vec::new();
-        self.executor.submit(Lane::Main, Batch { copies, rows })?;
+        self.executor.submit(
+            Lane::Main,
+            Batch {
+                rows,
+                ..Batch::default()
+            },
+        )?;
         let done = self.executor.wait(start + Duration::from_secs(600))?;
         done.ok_or("a step takes too long")?;
         Ok(start.elapsed())

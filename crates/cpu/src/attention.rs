@@ -15,9 +15,7 @@
 
 use std::ops::Range;
 
-use spate_types::BlockId;
-
-use crate::kv::{HeadPool, KvLine, KvShape, TILE, Tile};
+use crate::kv::{HeadPool, KvLine, KvShape, Pages, TILE, Tile};
 use crate::linear::{F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
@@ -33,7 +31,7 @@ const MAX_LINES: usize = MAX_HEAD_DIM / TILE;
 pub(crate) struct Attention<'a, C> {
     pub(crate) shape: &'a KvShape,
     pub(crate) kv: &'a HeadPool<C>,
-    pub(crate) blocks: &'a [BlockId],
+    pub(crate) pages: Pages<'a>,
     /// `[tokens of the step, heads * head_dim]`
     pub(crate) queries: &'a [f32],
     /// As `queries`; this work writes the elements of its own tokens and heads only.
@@ -107,7 +105,7 @@ impl<C: KvLine> Attention<'_, C> {
         let oldest = |n: usize| (position(n) + 1).saturating_sub(self.window);
         let first_tile = oldest(0) / TILE * TILE;
         for start in (first_tile..=position(N - 1)).step_by(TILE) {
-            let (keys, values) = self.kv.tile(self.shape, self.blocks, start);
+            let (keys, values) = self.kv.tile(self.shape, self.pages, start);
             let scores = queries.scores(v, keys);
             // What each query may see of the tile.
             let seen = std::array::from_fn(|n| {

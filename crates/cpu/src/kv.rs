@@ -8,6 +8,7 @@
 
 mod line;
 mod pages;
+mod plan;
 
 use spate_executor::BlockCopy;
 use spate_types::BlockId;
@@ -18,14 +19,14 @@ pub use line::KvDtype;
 pub(crate) use line::KvLine;
 use line::int8_scale;
 use pages::ZeroPages;
+pub(crate) use plan::KvPlan;
 
 /// Positions in a tile: the lanes of a register.
 pub(crate) const TILE: usize = 16;
 
-/// Sizes of the cache.
+/// Sizes of one layer's cache.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KvShape {
-    pub(crate) layers: usize,
     pub(crate) kv_heads: usize,
     /// A multiple of [`TILE`].
     pub(crate) head_dim: usize,
@@ -35,10 +36,10 @@ pub(crate) struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block, keys and values of all layers.
+    /// Bytes of one block, keys and values.
     pub(crate) fn block_bytes(&self, dtype: KvDtype) -> u64 {
         let vector = dtype.vector_bytes(self.head_dim);
-        2 * (self.layers * self.kv_heads * self.block_size * vector) as u64
+        2 * (self.kv_heads * self.block_size * vector) as u64
     }
 
     /// Lines of a tile's keys, or of its values.
@@ -52,10 +53,17 @@ impl KvShape {
     }
 
     /// The tile that holds `position`.
-    fn tile(&self, blocks: &[BlockId], position: usize) -> usize {
-        let block = blocks[position / self.block_size].0 as usize;
+    fn tile(&self, pages: Pages<'_>, position: usize) -> usize {
+        let block = pages.blocks[position / self.block_size - pages.first].0 as usize;
         block * self.block_tiles() + position % self.block_size / TILE
     }
+}
+
+/// A sequence's blocks in one pool, from block `first` of the sequence on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pages<'a> {
+    pub(crate) first: usize,
+    pub(crate) blocks: &'a [BlockId],
 }
 
 /// The cache, with numbers of one kind.
@@ -68,9 +76,15 @@ pub(crate) enum KvCache {
 
 /// A cache of one kind of line.
 pub(crate) struct KvPool<C> {
+    layers: Vec<KvLayer<C>>,
+}
+
+/// All blocks of one layer.
+pub(crate) struct KvLayer<C> {
     pub(crate) shape: KvShape,
-    /// `[layers][kv_heads]`
-    layers: Vec<Vec<HeadPool<C>>>,
+    /// Whether its blocks are of the local pool.
+    pub(crate) local: bool,
+    pub(crate) heads: Vec<HeadPool<C>>,
 }
 
 /// All blocks of one head in one layer.
@@ -95,55 +109,64 @@ pub(crate) struct Tile<'a, C> {
 }
 
 impl KvCache {
-    /// Reserves the whole pool.
-    pub(crate) fn new(shape: KvShape, dtype: KvDtype) -> Result<Self, CpuError> {
-        Ok(match dtype {
-            KvDtype::F32 => KvCache::F32(KvPool::new(shape)?),
-            KvDtype::F16 => KvCache::F16(KvPool::new(shape)?),
-            KvDtype::Bf16 => KvCache::Bf16(KvPool::new(shape)?),
-            KvDtype::Int8 => KvCache::Int8(KvPool::new(shape)?),
+    /// Reserves all pools.
+    pub(crate) fn new(plan: &KvPlan) -> Result<Self, CpuError> {
+        let layers = plan.layers();
+        Ok(match plan.dtype {
+            KvDtype::F32 => KvCache::F32(KvPool::new(layers)?),
+            KvDtype::F16 => KvCache::F16(KvPool::new(layers)?),
+            KvDtype::Bf16 => KvCache::Bf16(KvPool::new(layers)?),
+            KvDtype::Int8 => KvCache::Int8(KvPool::new(layers)?),
         })
     }
 
-    pub(crate) fn copy(&mut self, copy: BlockCopy) {
+    /// Copies a block in every layer of the local pool, or of the main one.
+    pub(crate) fn copy(&mut self, copy: BlockCopy, local: bool) {
         match self {
-            KvCache::F32(pool) => pool.copy(copy),
-            KvCache::F16(pool) => pool.copy(copy),
-            KvCache::Bf16(pool) => pool.copy(copy),
-            KvCache::Int8(pool) => pool.copy(copy),
+            KvCache::F32(pool) => pool.copy(copy, local),
+            KvCache::F16(pool) => pool.copy(copy, local),
+            KvCache::Bf16(pool) => pool.copy(copy, local),
+            KvCache::Int8(pool) => pool.copy(copy, local),
         }
     }
 }
 
 impl<C: KvLine> KvPool<C> {
-    /// Reserves the whole pool. Pages that no sequence has touched yet cost nothing.
-    pub(crate) fn new(shape: KvShape) -> Result<Self, CpuError> {
-        let head = || {
-            Ok(HeadPool {
-                keys: Vectors::new(&shape)?,
-                values: Vectors::new(&shape)?,
+    /// Reserves all blocks of layers with these shapes, in the local pool or not. Pages that no
+    /// sequence has touched yet cost nothing.
+    pub(crate) fn new(layers: impl Iterator<Item = (KvShape, bool)>) -> Result<Self, CpuError> {
+        let layers = layers.map(|(shape, local)| {
+            let head = |_| {
+                Ok(HeadPool {
+                    keys: Vectors::new(&shape)?,
+                    values: Vectors::new(&shape)?,
+                })
+            };
+            let heads = (0..shape.kv_heads).map(head);
+            Ok(KvLayer {
+                shape,
+                local,
+                heads: heads.collect::<Result<_, CpuError>>()?,
             })
-        };
-        let layer = || (0..shape.kv_heads).map(|_| head()).collect();
-        let layers = (0..shape.layers).map(|_| layer());
-        Ok(Self {
-            shape,
-            layers: layers.collect::<Result<_, CpuError>>()?,
-        })
+        });
+        let layers = layers.collect::<Result<_, CpuError>>()?;
+        Ok(Self { layers })
     }
 
-    pub(crate) fn layer(&self, layer: usize) -> &[HeadPool<C>] {
+    pub(crate) fn layer(&self, layer: usize) -> &KvLayer<C> {
         &self.layers[layer]
     }
 
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut [HeadPool<C>] {
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut KvLayer<C> {
         &mut self.layers[layer]
     }
 
-    fn copy(&mut self, copy: BlockCopy) {
-        for head in self.layers.iter_mut().flatten() {
-            head.keys.copy(&self.shape, copy);
-            head.values.copy(&self.shape, copy);
+    fn copy(&mut self, copy: BlockCopy, local: bool) {
+        for layer in self.layers.iter_mut().filter(|l| l.local == local) {
+            for head in &mut layer.heads {
+                head.keys.copy(&layer.shape, copy);
+                head.values.copy(&layer.shape, copy);
+            }
         }
     }
 }
@@ -153,12 +176,12 @@ impl<C: KvLine> HeadPool<C> {
     pub(crate) fn append(
         &mut self,
         shape: &KvShape,
-        blocks: &[BlockId],
+        pages: Pages<'_>,
         position: usize,
         key: &[f32],
         value: &[f32],
     ) {
-        let (tile, lane) = (shape.tile(blocks, position), position % TILE);
+        let (tile, lane) = (shape.tile(pages, position), position % TILE);
         let (lines, inverse) = self.keys.slot(shape, tile, lane, key);
         for (line, k) in lines.iter_mut().zip(key) {
             line.set(lane, k * inverse);
@@ -177,10 +200,10 @@ impl<C: KvLine> HeadPool<C> {
     pub(crate) fn tile(
         &self,
         shape: &KvShape,
-        blocks: &[BlockId],
+        pages: Pages<'_>,
         position: usize,
     ) -> (Tile<'_, C>, Tile<'_, C>) {
-        let tile = shape.tile(blocks, position);
+        let tile = shape.tile(pages, position);
         (self.keys.tile(shape, tile), self.values.tile(shape, tile))
     }
 }

@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+use spate_types::BlockId;
+
 use super::*;
 use crate::kv::KvPool;
 use crate::linear::{Bf16x16, F16x16, I8x16, Isa};
@@ -9,7 +11,6 @@ const KV_HEADS: usize = 2;
 
 fn shape(head_dim: usize) -> KvShape {
     KvShape {
-        layers: 1,
         kv_heads: KV_HEADS,
         head_dim,
         blocks: 8,
@@ -45,18 +46,25 @@ impl Input {
         }
     }
 
+    fn pages(&self) -> Pages<'_> {
+        Pages {
+            first: 0,
+            blocks: &self.blocks,
+        }
+    }
+
     fn pool<C: KvLine>(&self) -> KvPool<C> {
         let dim = self.head_dim;
         let shape = shape(dim);
-        let mut pool = KvPool::new(shape).unwrap();
-        for (h, head) in pool.layer_mut(0).iter_mut().enumerate() {
+        let mut pool = KvPool::new(std::iter::once((shape, false))).unwrap();
+        for (h, head) in pool.layer_mut(0).heads.iter_mut().enumerate() {
             // Leftovers of another sequence, as bad as they can be.
             let bad = vec![f32::NAN; dim];
-            (0..64).for_each(|p| head.append(&shape, &self.blocks, p, &bad, &bad));
+            (0..64).for_each(|p| head.append(&shape, self.pages(), p, &bad, &bad));
             for t in 0..TOKENS {
                 let at = (t * KV_HEADS + h) * dim;
                 let (key, value) = (&self.keys[at..at + dim], &self.values[at..at + dim]);
-                head.append(&shape, &self.blocks, t, key, value);
+                head.append(&shape, self.pages(), t, key, value);
             }
         }
         pool
@@ -75,9 +83,9 @@ impl Input {
         for token in (0..TOKENS).step_by(tokens) {
             for kv_head in 0..KV_HEADS {
                 isa.run(Attention {
-                    shape: &pool.shape,
-                    kv: &pool.layer(0)[kv_head],
-                    blocks: &self.blocks,
+                    shape: &pool.layer(0).shape,
+                    kv: &pool.layer(0).heads[kv_head],
+                    pages: self.pages(),
                     queries: &self.queries,
                     out: &disjoint,
                     token,
