@@ -19,6 +19,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["spate-types", "spate-executor", "spate-model"],
     ),
     (
+        "spate-cuda",
+        &["spate-types", "spate-executor", "spate-model"],
+    ),
+    ("xtask", &[]),
+    (
         "spate-engine",
         &["spate-types", "spate-scheduler", "spate-executor"],
     ),
