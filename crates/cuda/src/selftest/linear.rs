@@ -57,6 +57,7 @@ impl Case {
                 inputs,
                 x: lab.upload(&x)?,
                 weights: lab.upload(&weights)?,
+                fresh_weights: false,
                 bias: on_bias,
                 out: Output::F32(Slice::null()),
             },
@@ -215,6 +216,7 @@ fn times(lab: &mut Lab, launch: Launch) -> Result<Vec<Report>, CudaError> {
                     inputs,
                     x,
                     weights: all.range(at..at + len),
+                    fresh_weights: false,
                     bias: None,
                     out: Output::Bf16(out),
                 };
