@@ -25,6 +25,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
     ("packed", packed::packed),
+    ("throughput: matrices", linear::throughput),
+    ("throughput: quantised", packed::throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),

@@ -50,9 +50,6 @@ pub(super) fn packed(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
             reports.push(lab.report(&format!("packed {ty}, same bits"), &differ, 0.0));
         }
     }
-    for form in [Form::Four, Form::FourMin, Form::Six, Form::Eight] {
-        reports.extend(times(lab, &linear, form)?);
-    }
     Ok(reports)
 }
 
@@ -165,6 +162,21 @@ fn random_blocks(lab: &mut Lab, ty: GgmlType, halves: &[usize], blocks: usize) -
         }
     }
     raw
+}
+
+pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let linear = Linear::load(lab.device())?;
+    let mut reports = Vec::new();
+    for form in [
+        Form::Four,
+        Form::FourMin,
+        Form::Five,
+        Form::Six,
+        Form::Eight,
+    ] {
+        reports.extend(times(lab, &linear, form)?);
+    }
+    Ok(reports)
 }
 
 /// Speed on the widest product of an 8B model, every run with other weights.
