@@ -11,9 +11,45 @@ use crate::driver::{Device, Kernel, Module, Plain, Shape, Slice, Stream};
 /// A record: rows, columns.
 const RECORD: [usize; 2] = [16, 64];
 
-/// Of `gemm_skinny_packed.cu`: warps of a block, records of a warp's ring, and blocks that keep an SM busy.
-const WARPS: u32 = 2;
-const DEPTH: u32 = 24;
+/// A kernel of `gemm_skinny_packed.cu`: how many tokens it takes, the warps of its largest block, and the
+/// stages of its ring.
+struct Skinny {
+    tokens: usize,
+    warps: usize,
+    depth: usize,
+}
+
+const SKINNY: [Skinny; 2] = [
+    Skinny {
+        tokens: 8,
+        warps: 4,
+        depth: 16,
+    },
+    Skinny {
+        tokens: Packed::MAX_TOKENS,
+        warps: 8,
+        depth: 6,
+    },
+];
+
+impl Skinny {
+    /// Warps of a block: as many as leave a block for nearly every SM, as they share the tokens.
+    fn warps(&self, outputs: usize, sms: u32) -> usize {
+        let rows = outputs.div_ceil(RECORD[0]);
+        let mut warps = self.warps;
+        while warps > 1 && rows / warps < sms as usize * 7 / 8 {
+            warps /= 2;
+        }
+        warps
+    }
+
+    fn shared_bytes(&self, form: Form, warps: usize, tokens: usize) -> u32 {
+        let tokens = tokens.next_multiple_of(8) * RECORD[1] * size_of::<bf16>();
+        (self.depth * (warps * form.record() + tokens)) as u32
+    }
+}
+
+/// Blocks that fit on an SM, at most.
 const BLOCKS_PER_SM: u32 = 4;
 
 /// Threads of a block of the other kernels.
@@ -149,8 +185,9 @@ impl Packed {
         let gemm = Module::load(device, &image!("gemm_skinny_packed"))?;
         let multiply = FORMS.iter().map(|(form, [_, few, many], _)| {
             let kernels = [gemm.kernel(few)?, gemm.kernel(many)?];
-            for kernel in &kernels {
-                kernel.allow_shared_bytes(shared_bytes(*form))?;
+            for (kernel, skinny) in kernels.iter().zip(&SKINNY) {
+                let most = skinny.shared_bytes(*form, skinny.warps, skinny.tokens);
+                kernel.allow_shared_bytes(most)?;
             }
             Ok(kernels)
         });
@@ -263,17 +300,16 @@ impl Packed {
             k: inputs as u32,
             padding: 0,
         };
-        let blocks = outputs.div_ceil(RECORD[0] * WARPS as usize);
+        let which = usize::from(tokens > SKINNY[0].tokens);
+        let (skinny, kernel) = (&SKINNY[which], &self.multiply[form as usize][which]);
+        let warps = skinny.warps(outputs, stream.sms());
+        let blocks = outputs.div_ceil(RECORD[0] * warps);
         let grid = blocks.min((stream.sms() * BLOCKS_PER_SM) as usize) as u32;
-        let shape = Shape::new(grid, 32 * WARPS).shared_bytes(shared_bytes(form));
-        let kernel = &self.multiply[form as usize][usize::from(tokens > 8)];
+        let shape = Shape::new(grid, 32 * warps as u32);
+        let shape = shape.shared_bytes(skinny.shared_bytes(form, warps, tokens));
         // SAFETY: as above.
         unsafe { kernel.launch(stream, shape, &(args,)) }
     }
-}
-
-fn shared_bytes(form: Form) -> u32 {
-    WARPS * DEPTH * form.record() as u32
 }
 
 fn warp_per_record(rows: usize, cols: usize) -> Shape {
