@@ -4,6 +4,9 @@
 
 constexpr uint32_t NONE = 0xffffffffu;
 
+// Widest logits.
+constexpr uint32_t MAX_VOCAB = 500000;
+
 // Most alternatives that logprobs name.
 constexpr int MAX_TOP = 32;
 

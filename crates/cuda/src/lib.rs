@@ -5,11 +5,13 @@
 //! and embedded; libcuda is loaded at run time. [`selftest`] compares each kernel with plain
 //! arithmetic on the machine at hand.
 
+mod backend;
 pub mod driver;
 mod error;
 pub mod kernels;
 mod linear;
 pub mod selftest;
 
+pub use backend::{CudaConfig, CudaExecutor};
 pub use error::CudaError;
 pub use linear::Linear;

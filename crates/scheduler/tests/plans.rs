@@ -20,6 +20,7 @@ fn capacity() -> Capacity {
         slots: 8,
         blocks: 16,
         block_size: 4,
+        local: None,
         max_batch_tokens: 8,
         max_seq_len: 64,
         vocab_size: 100,

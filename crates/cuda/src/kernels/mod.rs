@@ -8,6 +8,7 @@
 
 mod act_mul;
 mod add_rms_norm;
+mod attention;
 mod copy_blocks;
 mod embed;
 mod gemm;
@@ -15,9 +16,13 @@ mod gemm_sm90a;
 mod packed;
 mod rope;
 mod sample;
+mod scatter;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
+pub use attention::{
+    Attention, AttentionModel, AttentionStep, DecodeScratch, Path, Sequence, Work,
+};
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
@@ -25,8 +30,10 @@ pub use gemm_sm90a::GemmHopper;
 pub use packed::{Form, Packed};
 pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
-    Chosen, Edit, MAX_EDITS, MAX_TOP, NONE, Sample, SampleTile, SlotMemory, SlotParams, Top, Want,
+    Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
+    Top, Want,
 };
+pub use scatter::Scatter;
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {

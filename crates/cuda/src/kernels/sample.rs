@@ -14,6 +14,9 @@ pub const MAX_TOP: usize = 32;
 /// Most logit biases, and most banned ids, of one sequence.
 pub const MAX_EDITS: usize = 1024;
 
+/// Widest logits.
+pub const MAX_VOCAB: usize = 500_000;
+
 const THREADS: u32 = 1024;
 
 /// How a slot's sequence samples; `SlotParams` of sampling.cuh.
@@ -232,7 +235,7 @@ impl Sample {
     /// name tokens below `vocab`; all memory is alive until the kernel has run.
     ///
     /// # Panics
-    /// If a buffer is too small.
+    /// If a buffer is too small or the vocabulary larger than [`MAX_VOCAB`].
     pub unsafe fn sample(
         &self,
         stream: &Stream,
@@ -240,7 +243,7 @@ impl Sample {
         slots: &SlotMemory,
     ) -> Result<(), CudaError> {
         let (n, vocab) = (tile.wants.len(), tile.vocab);
-        assert!(tile.stride.is_multiple_of(4) && tile.stride >= vocab);
+        assert!(tile.stride.is_multiple_of(4) && tile.stride >= vocab && vocab <= MAX_VOCAB);
         assert!(tile.logits.len() >= n * tile.stride);
         assert!(tile.masks.is_empty() || tile.masks.len() >= n * vocab.div_ceil(32));
         assert!(tile.chosen.len() == 2 * n && tile.tops.len() == 2 * n * MAX_TOP);

@@ -63,11 +63,14 @@ pub(super) fn add_rms_norm(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         let width = lab.pick(&[8, 576, 640, 896, 4096, 8192, AddRmsNorm::MAX_WIDTH]);
         let n = 1 + lab.below(40);
         let (residual, delta) = (lab.bf16s(n * width), lab.bf16s(n * width));
-        let norm = lab.f32s(width);
+        let (norm, delta_norm) = (lab.f32s(width), lab.f32s(width));
         let on_residual = lab.output(n * width)?;
         lab.write(&residual, on_residual.slice)?;
         let with_delta = case % 3 > 0;
+        let with_norm = case % 3 == 2;
+        let on_delta_norm = with_norm.then(|| lab.upload(&delta_norm)).transpose()?;
         let on_delta = with_delta.then(|| lab.upload(&delta)).transpose()?;
+        let on_delta = on_delta.map(|delta| (delta, on_delta_norm));
         let on_norm = lab.upload(&norm)?;
         let out = lab.output(n * width)?;
         // SAFETY: the arena is alive.
@@ -75,10 +78,15 @@ pub(super) fn add_rms_norm(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
             let (residual, out) = (on_residual.slice, out.slice);
             kernel.launch(&lab.stream, n, on_delta, residual, on_norm, EPS, out)?;
         }
-        let sums: Vec<f64> = residual
-            .iter()
-            .zip(&delta)
-            .map(|(r, d)| r.to_f64() + if with_delta { d.to_f64() } else { 0.0 })
+        let mut deltas = Vec::new();
+        for row in delta.chunks_exact(width) {
+            let row: Vec<f64> = row.iter().map(|x| x.to_f64()).collect();
+            let norm = with_norm.then_some(delta_norm.as_slice());
+            normalise(&row, norm, f64::from(EPS), &mut deltas);
+        }
+        let each = residual.iter().zip(&deltas);
+        let sums: Vec<f64> = each
+            .map(|(r, d)| r.to_f64() + if with_delta { *d } else { 0.0 })
             .collect();
         let mut want = Vec::new();
         for row in sums.chunks_exact(width) {
@@ -96,13 +104,13 @@ pub(super) fn add_rms_norm(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     let (norm, out) = (lab.upload(&norm)?, lab.output(n * width)?.slice);
     // SAFETY: the arena is alive.
     let time = lab.time(|stream| unsafe {
-        kernel.launch(stream, n, Some(delta), residual, norm, EPS, out)
+        kernel.launch(stream, n, Some((delta, None)), residual, norm, EPS, out)
     })?;
     report.time = Some(time);
     report.bytes = Some(4 * 2 * (n * width) as u64);
     // SAFETY: as above.
     let decode = lab.time(|stream| unsafe {
-        kernel.launch(stream, 16, Some(delta), residual, norm, EPS, out)
+        kernel.launch(stream, 16, Some((delta, None)), residual, norm, EPS, out)
     })?;
     let mut small = lab.report("add_rms_norm 16 x 4096", &[], LIMIT);
     small.time = Some(decode);

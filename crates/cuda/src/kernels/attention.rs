@@ -1,0 +1,497 @@
+use std::cmp::Reverse;
+use std::ffi::c_void;
+
+use half::bf16;
+
+use super::{KvShape, image};
+use crate::CudaError;
+use crate::driver::{
+    Arena, Device, Kernel, Module, Parameter, Plain, Shape, Slice, Stream, TensorMap,
+};
+
+/// What a step computes of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Sequence {
+    /// Its first token in the step.
+    pub token: u32,
+    /// How many tokens.
+    pub tokens: u32,
+    /// Position of the first.
+    pub position: u32,
+    /// Where its block table begins in the step's tables.
+    pub table: u32,
+}
+
+/// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Work {
+    /// Which sequence of the step.
+    pub sequence: u32,
+    /// Which tile, or which split.
+    pub part: u32,
+}
+
+// SAFETY: numbers, laid out as in attention.cuh.
+unsafe impl Plain for Sequence {}
+// SAFETY: as above.
+unsafe impl Plain for Work {}
+
+/// Which kernels to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Those that run on every GPU.
+    Portable,
+    /// Those for compute capability 9.0 (Hopper).
+    Hopper,
+}
+
+impl Path {
+    /// The best for a device.
+    pub fn best(device: &Device) -> Self {
+        match device.capability() {
+            (9, 0) => Self::Hopper,
+            _ => Self::Portable,
+        }
+    }
+}
+
+/// What a model fixes of its attention.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionModel {
+    /// Query heads.
+    pub heads: u32,
+    /// The cache.
+    pub shape: KvShape,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Scores are kept below it: `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+}
+
+/// What a step looks like, on the GPU.
+#[derive(Clone, Copy)]
+pub struct AttentionStep {
+    /// Its sequences.
+    pub sequences: Slice<Sequence>,
+    /// Their block ids.
+    pub tables: Slice<u32>,
+    /// From [`Attention::prefill_work`] or [`Attention::decode_work`], for the same window.
+    pub work: Slice<Work>,
+    /// How many of `work` there are, one word: not an argument, so that a captured graph can vary it.
+    pub works: Slice<u32>,
+    /// A query sees that many positions up to its own; all of them if `None`.
+    pub window: Option<u32>,
+}
+
+/// Room for the partial results of a decode step.
+#[derive(Clone, Copy)]
+pub struct DecodeScratch {
+    out: Slice<f32>,
+    sums: Slice<f32>,
+    counters: Slice<u32>,
+    works: usize,
+}
+
+/// Paged causal attention; see `kernels/attention_sm90a.cu`, `attention_prefill.cu` and
+/// `attention_decode.cu`.
+pub struct Attention {
+    model: AttentionModel,
+    cache: Slice<bf16>,
+    prefill: Kernel,
+    decode: Kernel,
+    hopper: Option<Hopper>,
+}
+
+/// How the Hopper kernels read the cache.
+struct Hopper {
+    map: TensorMap,
+    box_rows: u32,
+}
+
+/// As in attention.cuh; `Slice`s as plain addresses.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Arguments {
+    q: u64,
+    out: u64,
+    cache: u64,
+    sequences: u64,
+    tables: u64,
+    work: u64,
+    works: u64,
+    partial_out: u64,
+    partial_sum: u64,
+    counters: u64,
+    shape: KvShape,
+    layer: u32,
+    q_stride: u32,
+    group: u32,
+    window: u32,
+    scale: f32,
+    cap_in: f32,
+    cap_out: f32,
+}
+
+// SAFETY: laid out as AttentionArgs of attention.cuh.
+unsafe impl Parameter for Arguments {
+    fn address(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+/// Sizes that the kernels fix per head size: positions of a tile, tiles of 64 query rows in a block.
+struct HopperSizes {
+    tile: u32,
+    consumers: u32,
+}
+
+const HOPPER_SPLIT: u32 = 1024;
+const PORTABLE_SPLIT: u32 = 256;
+/// Stages of keys and of values.
+const HOPPER_STAGES: u32 = 2;
+const PORTABLE_STAGES: u32 = 3;
+
+impl HopperSizes {
+    fn new(head_dim: u32) -> Self {
+        match head_dim {
+            256 => Self {
+                tile: 64,
+                consumers: 1,
+            },
+            _ => Self {
+                tile: 128,
+                consumers: 2,
+            },
+        }
+    }
+
+    /// As `Shape::SHARED_BYTES` of attention_sm90a.cu.
+    fn shared_bytes(&self, head_dim: u32, decode: bool) -> u32 {
+        let row = head_dim.next_multiple_of(64) * 2;
+        let consumers = if decode { 1 } else { self.consumers };
+        let queries = consumers * 64 * row;
+        let totals = if decode {
+            0
+        } else {
+            consumers * 64 * head_dim * 4
+        };
+        let barriers = (4 * HOPPER_STAGES + 2 * consumers) * 8;
+        queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers
+    }
+}
+
+/// Warps of a block of attention_decode.cu.
+fn decode_warps(head_dim: u32) -> u32 {
+    if head_dim > 128 { 2 } else { 4 }
+}
+
+/// As `Decode::SHARED_BYTES` of attention_decode.cu.
+fn decode_shared_bytes(head_dim: u32) -> u32 {
+    decode_warps(head_dim) * PORTABLE_STAGES * 2 * 16 * head_dim * 2
+}
+
+/// Query rows of a tile, and positions, of attention_prefill.cu.
+fn prefill_tile(head_dim: u32) -> (u32, u32) {
+    if head_dim > 128 { (64, 32) } else { (128, 64) }
+}
+
+impl Attention {
+    /// Loads the kernels for a model whose keys and values lie in `cache`, with all layers.
+    ///
+    /// # Errors
+    /// When the GPU can't run them.
+    ///
+    /// # Panics
+    /// If the model is not [supported](Self::supports) or the cache is not made of whole layers.
+    pub fn load(
+        device: &Device,
+        path: Path,
+        model: AttentionModel,
+        cache: Slice<bf16>,
+    ) -> Result<Self, CudaError> {
+        let KvShape {
+            head_dim,
+            block_size,
+            ..
+        } = model.shape;
+        assert!(Self::supports(&model));
+        assert!(cache.len().is_multiple_of(model.shape.layer_len()));
+        let names = match head_dim {
+            64 => (c"attention_prefill_64", c"attention_decode_64"),
+            96 => (c"attention_prefill_96", c"attention_decode_96"),
+            128 => (c"attention_prefill_128", c"attention_decode_128"),
+            _ => (c"attention_prefill_256", c"attention_decode_256"),
+        };
+        let (prefill, decode, hopper);
+        match path {
+            Path::Hopper => {
+                let module = Module::load(device, &image!("attention_sm90a"))?;
+                (prefill, decode) = (module.kernel(names.0)?, module.kernel(names.1)?);
+                let sizes = HopperSizes::new(head_dim);
+                prefill.allow_shared_bytes(sizes.shared_bytes(head_dim, false))?;
+                decode.allow_shared_bytes(sizes.shared_bytes(head_dim, true))?;
+                let box_rows = box_rows(block_size, sizes.tile);
+                let dim = head_dim as usize;
+                let map = TensorMap::new(cache, [cache.len() / dim, dim], [box_rows, 64])?;
+                hopper = Some(Hopper { map, box_rows });
+            }
+            Path::Portable => {
+                let image = image!("attention_prefill");
+                prefill = Module::load(device, &image)?.kernel(names.0)?;
+                decode = Module::load(device, &image!("attention_decode"))?.kernel(names.1)?;
+                let (rows, tile) = prefill_tile(head_dim);
+                prefill.allow_shared_bytes((rows + 2 * tile) * head_dim * 2)?;
+                decode.allow_shared_bytes(decode_shared_bytes(head_dim))?;
+                hopper = None;
+            }
+        }
+        Ok(Self {
+            model,
+            cache,
+            prefill,
+            decode,
+            hopper,
+        })
+    }
+
+    /// Whether there are kernels for a model: heads of 64, 96, 128 or 256 elements, at most 64 query heads
+    /// per key/value head, blocks of a multiple of 16 positions.
+    pub fn supports(model: &AttentionModel) -> bool {
+        let KvShape {
+            kv_heads,
+            block_size,
+            head_dim,
+            ..
+        } = model.shape;
+        matches!(head_dim, 64 | 96 | 128 | 256)
+            && kv_heads > 0
+            && model.heads.is_multiple_of(kv_heads)
+            && (1..=64).contains(&(model.heads / kv_heads))
+            && block_size > 0
+            && block_size.is_multiple_of(16)
+            && model.scale > 0.0
+    }
+
+    fn group(&self) -> u32 {
+        self.model.heads / self.model.shape.kv_heads
+    }
+
+    /// Positions of a decode split.
+    pub fn split(&self) -> u32 {
+        match self.hopper {
+            Some(_) => HOPPER_SPLIT,
+            None => PORTABLE_SPLIT,
+        }
+    }
+
+    /// Query rows (a token's heads of one key/value head, token after token) of a prefill tile.
+    pub fn tile_rows(&self) -> u32 {
+        match self.hopper {
+            Some(_) => 64 * HopperSizes::new(self.model.shape.head_dim).consumers,
+            None => prefill_tile(self.model.shape.head_dim).0,
+        }
+    }
+
+    /// Lists the work of sequences that compute prompt tokens, the largest first.
+    pub fn prefill_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
+        let (rows, group) = (self.tile_rows(), self.group());
+        work.clear();
+        for (sequence, s) in sequences.iter().enumerate() {
+            let tiles = (s.tokens * group).div_ceil(rows);
+            work.extend((0..tiles).map(|part| Work {
+                sequence: sequence as u32,
+                part,
+            }));
+        }
+        let positions = |w: &Work| {
+            let s = &sequences[w.sequence as usize];
+            let end = ((w.part + 1) * rows).div_ceil(group).min(s.tokens);
+            (s.position + end).min(window.unwrap_or(u32::MAX))
+        };
+        work.sort_by_key(|w| Reverse(positions(w)));
+    }
+
+    /// Lists the work of sequences that compute one new token each: the splits of positions that it sees.
+    pub fn decode_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
+        work.clear();
+        for (sequence, s) in sequences.iter().enumerate() {
+            let end = s.position + 1;
+            let first = window.map_or(0, |window| end.saturating_sub(window)) / self.split();
+            work.extend((first..end.div_ceil(self.split())).map(|part| Work {
+                sequence: sequence as u32,
+                part,
+            }));
+        }
+    }
+
+    /// Room for decode steps with up to that much work. The counters in it must be zero before the first.
+    ///
+    /// # Errors
+    /// When the arena is too small.
+    pub fn take_scratch(
+        &self,
+        arena: &mut Arena,
+        works: usize,
+    ) -> Result<DecodeScratch, CudaError> {
+        let rows = works * self.model.heads as usize;
+        Ok(DecodeScratch {
+            out: arena.take(rows * self.model.shape.head_dim as usize)?,
+            sums: arena.take(2 * rows)?,
+            counters: arena.take(self.counters(works))?,
+            works,
+        })
+    }
+
+    /// Bytes that [`take_scratch`](Self::take_scratch) takes.
+    pub fn scratch_bytes(&self, works: usize) -> u64 {
+        let rows = works * self.model.heads as usize;
+        Arena::room_for::<f32>(rows * self.model.shape.head_dim as usize)
+            + Arena::room_for::<f32>(2 * rows)
+            + Arena::room_for::<u32>(self.counters(works))
+    }
+
+    fn counters(&self, works: usize) -> usize {
+        works * (self.model.shape.kv_heads * self.group().div_ceil(16)) as usize
+    }
+
+    fn arguments(
+        &self,
+        step: &AttentionStep,
+        layer: usize,
+        qkv: Slice<bf16>,
+        out: Slice<bf16>,
+        scratch: Option<&DecodeScratch>,
+    ) -> Arguments {
+        let AttentionModel { heads, shape, .. } = self.model;
+        assert!(self.cache.len() >= (layer + 1) * shape.layer_len());
+        let q_stride = (heads + 2 * shape.kv_heads) * shape.head_dim;
+        let tokens = qkv.len() / q_stride as usize;
+        assert!(out.len() >= tokens * (heads * shape.head_dim) as usize);
+        assert!(step.works.len() == 1);
+        let window = step.window.unwrap_or(u32::MAX);
+        assert!(window > 0);
+        let log2_e = std::f32::consts::LOG2_E;
+        let (scale, cap_in, cap_out) = match self.model.softcap {
+            Some(cap) => (log2_e, self.model.scale / cap, cap),
+            None => (self.model.scale * log2_e, 0.0, 0.0),
+        };
+        Arguments {
+            q: qkv.address(),
+            out: out.address(),
+            cache: self.cache.address(),
+            sequences: step.sequences.address(),
+            tables: step.tables.address(),
+            work: step.work.address(),
+            works: step.works.address(),
+            partial_out: scratch.map_or(0, |s| s.out.address()),
+            partial_sum: scratch.map_or(0, |s| s.sums.address()),
+            counters: scratch.map_or(0, |s| s.counters.address()),
+            shape,
+            layer: layer as u32,
+            q_stride,
+            group: self.group(),
+            window,
+            scale,
+            cap_in,
+            cap_out,
+        }
+    }
+
+    /// Attention of prompt tokens: `out` is `[tokens, heads * head_dim]`, queries come first in each
+    /// row of `qkv`. It fills the SMs that the stream may fill.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// The step describes tokens inside `qkv` and blocks inside the cache, and its work is complete; all
+    /// memory is alive until the kernel has run.
+    ///
+    /// # Panics
+    /// If a buffer is too small.
+    pub unsafe fn prefill(
+        &self,
+        stream: &Stream,
+        step: &AttentionStep,
+        layer: usize,
+        qkv: Slice<bf16>,
+        out: Slice<bf16>,
+    ) -> Result<(), CudaError> {
+        let arguments = self.arguments(step, layer, qkv, out, None);
+        let dim = self.model.shape.head_dim;
+        // SAFETY (of the launches): the types are those of the kernels, the lengths were checked, the
+        // caller vouches for the rest.
+        match &self.hopper {
+            Some(hopper) => {
+                let sizes = HopperSizes::new(dim);
+                let shape = Shape::new(stream.sms(), 128 * (1 + sizes.consumers))
+                    .shared_bytes(sizes.shared_bytes(dim, false));
+                // SAFETY: see above.
+                unsafe {
+                    self.prefill
+                        .launch(stream, shape, &(arguments, hopper.map, hopper.box_rows))
+                }
+            }
+            None => {
+                let (rows, tile) = prefill_tile(dim);
+                let shape =
+                    Shape::new(2 * stream.sms(), 128).shared_bytes((rows + 2 * tile) * dim * 2);
+                // SAFETY: see above.
+                unsafe { self.prefill.launch(stream, shape, &(arguments,)) }
+            }
+        }
+    }
+
+    /// Attention of one new token per sequence; as [`prefill`](Self::prefill).
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile.
+    ///
+    /// # Panics
+    /// If a buffer is too small.
+    pub unsafe fn decode(
+        &self,
+        stream: &Stream,
+        step: &AttentionStep,
+        scratch: &DecodeScratch,
+        layer: usize,
+        qkv: Slice<bf16>,
+        out: Slice<bf16>,
+    ) -> Result<(), CudaError> {
+        assert!(step.work.len() <= scratch.works, "decode scratch");
+        let arguments = self.arguments(step, layer, qkv, out, Some(scratch));
+        let dim = self.model.shape.head_dim;
+        match &self.hopper {
+            Some(hopper) => {
+                let shared = HopperSizes::new(dim).shared_bytes(dim, true);
+                let shape = Shape::new(stream.sms(), 256).shared_bytes(shared);
+                // SAFETY: as in `prefill`.
+                unsafe {
+                    self.decode
+                        .launch(stream, shape, &(arguments, hopper.map, hopper.box_rows))
+                }
+            }
+            None => {
+                let per_sm = (2 * 128 / dim).max(2);
+                let shape = Shape::new(per_sm * stream.sms(), 32 * decode_warps(dim))
+                    .shared_bytes(decode_shared_bytes(dim));
+                // SAFETY: as in `prefill`.
+                unsafe {
+                    self.decode
+                        .launch(stream, shape, &(arguments, PORTABLE_SPLIT))
+                }
+            }
+        }
+    }
+}
+
+/// Rows of a box: it lies inside a block, and boxes fill a tile.
+fn box_rows(block_size: u32, tile: u32) -> u32 {
+    let fits = |rows: &u32| block_size.is_multiple_of(*rows) && tile.is_multiple_of(*rows);
+    [128, 64, 32, 16].into_iter().find(fits).unwrap_or(16)
+}

@@ -1,0 +1,251 @@
+// Attention of one new token per sequence over the paged KV cache, on any GPU since Ampere.
+//
+// Types and layouts: attention.cuh, kv.cuh. The positions of a sequence are cut into splits of fixed
+// size, which different blocks work on; the last of them to end merges the partial results in the order
+// of positions. In a block, warp w has the tiles of 16 positions with tile % WARPS == w; the query
+// heads of a key/value head are the 16 rows of an mma. So a sequence's result depends on its own
+// length and window alone, not on the batch, the grid or where its blocks lie.
+//
+// work: every split that a sequence's query sees, neighbours in order. split is a multiple of
+// 16 * WARPS, at most 32 * 16 * WARPS.
+//
+// Launch: any number of blocks, at best as many as fit on the SMs; 32 * WARPS threads; SHARED_BYTES.
+// Each warp streams its tiles through a ring of its own, so nothing in the loop waits for another warp.
+// Roofline: 4 * head_dim bytes per position and key/value head.
+#include "attention_mma.cuh"
+#include "ptx.cuh"
+
+constexpr int TILE = 16, STAGES = 3;
+
+template <int HD>
+struct Decode {
+  static constexpr int WARPS = HD > 128 ? 2 : 4, THREADS = 32 * WARPS;
+  static constexpr int TILE_BYTES = TILE * HD * 2, STAGE = 2 * TILE_BYTES;
+  static constexpr int SHARED_BYTES = WARPS * STAGES * STAGE;
+  using Tile = Rows<HD>;
+
+  const AttentionArgs& args;
+  const uint32_t split;
+  uint8_t* const shared;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  // The work in hand.
+  uint32_t kv_head, first_row, rows;  // rows: query heads, at most 16 of the group
+  uint32_t length, seen_from;         // the query sees positions seen_from .. length
+  uint32_t tile, tiles;               // this warp's first tile, and how many it has, WARPS apart
+  uint32_t block_ids;                 // lane i: block of this warp's tile i
+
+  uint32_t q[HD / 16][4];
+  float out[HD / 8][4];
+
+  __device__ __forceinline__ Decode(const AttentionArgs& args, uint32_t split, uint8_t* shared)
+      : args(args), split(split), shared(shared) {}
+
+  __device__ __forceinline__ uint32_t row_tiles() const { return divide_up(args.group, 16); }
+
+  __device__ __forceinline__ uint32_t stage(uint32_t i) const {
+    return shared_window(shared) + (warp * STAGES + i % STAGES) * STAGE;
+  }
+
+  __device__ __forceinline__ void run() {
+    const uint32_t heads = args.shape.kv_heads * row_tiles(), count = *args.works * heads;
+    for (uint32_t index = blockIdx.x; index < count; index += gridDim.x) {
+      const uint32_t at = index / heads, head = index % heads;
+      const Work work = args.work[at];
+      const Sequence sequence = args.sequences[work.sequence];
+      kv_head = head / row_tiles();
+      first_row = head % row_tiles() * 16;
+      rows = min(args.group - first_row, 16u);
+      length = sequence.position + 1;
+      seen_from = first_seen(args, sequence.position);
+      const uint32_t begin = max(work.part * split, seen_from), end = min((work.part + 1) * split, length);
+      find_tiles(begin / TILE, divide_up(end, TILE), sequence.table);
+      load_queries(sequence.token);
+      const Weights weights = accumulate(end);
+      finish(work, sequence, at, head, weights);
+    }
+  }
+
+  __device__ __forceinline__ void find_tiles(uint32_t first, uint32_t last, uint32_t table) {
+    tile = first + (warp + WARPS - first % WARPS) % WARPS;
+    tiles = tile < last ? divide_up(last - tile, WARPS) : 0;
+    const uint32_t mine = tile + lane * WARPS;
+    if (mine < last) block_ids = args.tables[table + mine * TILE / args.shape.block_size];
+  }
+
+  // As the A operand: rows are heads, columns elements.
+  __device__ __forceinline__ void load_queries(uint32_t token) {
+    const uint32_t head = kv_head * args.group + first_row;
+    const bf16* from = args.q + size_t(token) * args.q_stride + head * HD + lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint32_t row = lane / 4 + i % 2 * 8, column = k * 16 + i / 2 * 8;
+        q[k][i] = row < rows ? *reinterpret_cast<const uint32_t*>(from + row * HD + column) : 0;
+      }
+    }
+  }
+
+  // Starts the copy of the warp's tile i; an empty group keeps the count when there is none.
+  __device__ __forceinline__ void load(uint32_t i, uint32_t end) {
+    const uint32_t block = __shfl_sync(0xffffffffu, block_ids, i % 32);
+    if (i < tiles) {
+      const uint32_t position = (tile + i * WARPS) * TILE;
+      const bf16* keys = args.cache + args.shape.key_tile(args.layer, block, kv_head) +
+                         size_t(position % args.shape.block_size) * HD;
+      const uint32_t valid = end - position;
+      Tile::copy16(stage(i), keys, valid);
+      // What lies behind the end is another sequence's: even a weight of 0 would not silence a NaN.
+      Tile::copy16(stage(i) + TILE_BYTES, keys + args.shape.key_to_value(), valid);
+    }
+    copy_async_commit();
+  }
+
+  __device__ __forceinline__ Weights accumulate(uint32_t end) {
+    Weights weights;
+#pragma unroll
+    for (int j = 0; j < HD / 8; j++) out[j][0] = out[j][1] = out[j][2] = out[j][3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) load(i, end);
+    for (uint32_t i = 0; i < tiles; i++) {
+      copy_async_wait<STAGES - 2>();
+      __syncwarp();
+      load(i + STAGES - 1, end);
+      attend(weights, stage(i), (tile + i * WARPS) * TILE);
+    }
+    copy_async_wait<0>();
+    return weights;
+  }
+
+  __device__ __forceinline__ void attend(Weights& weights, uint32_t keys, uint32_t position) {
+    float scores[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < HD / 16; k++) {
+      uint32_t b[4];
+      load_matrices(b, keys + Tile::columns_first(0, k * 16));
+      mma_bf16(scores[0], q[k], b[0], b[1]);
+      mma_bf16(scores[1], q[k], b[2], b[3]);
+    }
+    float(&flat)[8] = reinterpret_cast<float(&)[8]>(scores);
+    if (args.cap_out != 0.f) cap_scores(flat, args);
+    if (position < seen_from || position + TILE > length) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const uint32_t p = position + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (p < seen_from || p >= length) flat[i] = -infinity();
+      }
+    }
+    float change[2];
+    weights.add(flat, args.scale, change);
+    const uint32_t p[4] = {pack_bf16(flat[0], flat[1]), pack_bf16(flat[2], flat[3]), pack_bf16(flat[4], flat[5]),
+                           pack_bf16(flat[6], flat[7])};
+    const uint32_t values = keys + TILE_BYTES;
+#pragma unroll
+    for (int j = 0; j < HD / 16; j++) {
+      uint32_t b[4];
+      load_matrices_transposed(b, values + Tile::rows_first(0, j * 16));
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float(&o)[4] = out[2 * j + half];
+        o[0] *= change[0], o[1] *= change[0], o[2] *= change[1], o[3] *= change[1];
+        mma_bf16(o, p, b[2 * half], b[2 * half + 1]);
+      }
+    }
+  }
+
+  // Adds up the warps, in order, and hands the result on: to the output if there is no other split.
+  __device__ __forceinline__ void finish(const Work& work, const Sequence& sequence, uint32_t at, uint32_t head,
+                                         const Weights& weights) {
+    __shared__ float2 sums[WARPS][16];
+    __shared__ bool last;
+    float(*outs)[16][HD] = reinterpret_cast<float(*)[16][HD]>(shared);
+    __syncthreads();  // the rings are free
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      const uint32_t r = lane / 4 + row * 8;
+      const float2 sum = weights.row(row, args.scale);
+      if (lane % 4 == 0) sums[warp][r] = sum;
+#pragma unroll
+      for (int j = 0; j < HD / 8; j++) {
+        *reinterpret_cast<float2*>(&outs[warp][r][j * 8 + lane % 4 * 2]) =
+            make_float2(out[j][2 * row], out[j][2 * row + 1]);
+      }
+    }
+    __syncthreads();
+    const uint32_t first_part = seen_from / split, parts = divide_up(length, split) - first_part;
+    const uint32_t heads = args.shape.kv_heads * row_tiles();
+    // Slots of one sequence and key/value head: `kv_heads` apart from split to split.
+    const size_t slot = size_t(at) * args.shape.kv_heads + kv_head;
+    const size_t first_slot = slot - size_t(work.part - first_part) * args.shape.kv_heads;
+    bf16* to = args.out + (size_t(sequence.token) * args.shape.kv_heads + kv_head) * args.group * HD;
+    for (uint32_t i = threadIdx.x; i < rows * (HD / 4); i += THREADS) {
+      const uint32_t row = i / (HD / 4), column = i % (HD / 4) * 4;
+      float2 total = make_float2(-infinity(), 0.f);
+      float sum[4] = {};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float before, after;
+        merge(total, sums[w][row], before, after);
+        const float4 x = *reinterpret_cast<const float4*>(&outs[w][row][column]);
+        sum[0] = merged(sum[0], x.x, before, after);
+        sum[1] = merged(sum[1], x.y, before, after);
+        sum[2] = merged(sum[2], x.z, before, after);
+        sum[3] = merged(sum[3], x.w, before, after);
+      }
+      const uint32_t r = first_row + row;
+      if (parts == 1) {
+        const float inverse = 1.f / total.y;
+        *reinterpret_cast<uint2*>(to + size_t(r) * HD + column) = make_uint2(
+            pack_bf16(sum[0] * inverse, sum[1] * inverse), pack_bf16(sum[2] * inverse, sum[3] * inverse));
+      } else {
+        const size_t row_slot = slot * args.group + r;
+        *reinterpret_cast<float4*>(args.partial_out + row_slot * HD + column) =
+            make_float4(sum[0], sum[1], sum[2], sum[3]);
+        if (column == 0) args.partial_sum[row_slot] = total;
+      }
+    }
+    if (parts > 1) {
+      __threadfence();
+      __syncthreads();
+      const size_t counter = size_t(at - (work.part - first_part)) * heads + head;
+      if (threadIdx.x == 0) last = atomicAdd(args.counters + counter, 1) == parts - 1;
+      __syncthreads();
+      if (last) {
+        __threadfence();
+        merge_rows(first_slot, parts, to);
+        if (threadIdx.x == 0) args.counters[counter] = 0;
+      }
+    }
+    __syncthreads();  // before the next work's copies
+  }
+
+  __device__ __forceinline__ void merge_rows(size_t first_slot, uint32_t parts, bf16* to) {
+    merge_parts<HD>(args, first_slot, args.shape.kv_heads, parts, first_row, rows, to, threadIdx.x, THREADS);
+  }
+};
+
+template <int HD>
+__device__ __forceinline__ void decode(const AttentionArgs& args, uint32_t split) {
+  extern __shared__ __align__(128) uint8_t dynamic_shared[];
+  let_next_start();
+  wait_for_previous();
+  Decode<HD>(args, split, dynamic_shared).run();
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_decode_64(const __grid_constant__ AttentionArgs args,
+                                                                      uint32_t split) {
+  decode<64>(args, split);
+}
+extern "C" __global__ void __launch_bounds__(128) attention_decode_96(const __grid_constant__ AttentionArgs args,
+                                                                      uint32_t split) {
+  decode<96>(args, split);
+}
+extern "C" __global__ void __launch_bounds__(128) attention_decode_128(const __grid_constant__ AttentionArgs args,
+                                                                       uint32_t split) {
+  decode<128>(args, split);
+}
+extern "C" __global__ void __launch_bounds__(64) attention_decode_256(const __grid_constant__ AttentionArgs args,
+                                                                      uint32_t split) {
+  decode<256>(args, split);
+}

@@ -1,0 +1,535 @@
+// Causal attention over the paged KV cache on Hopper, of prompts and of single new tokens:
+// FlashAttention 3 (Shah et al. 2024) with TMA and wgmma, in one arithmetic for both.
+//
+// Types and layouts: attention.cuh, kv.cuh. The query heads of a key/value head are packed: a tile is 64
+// neighbouring query rows per consumer warpgroup. A row meets tiles of N positions, cut at multiples of N.
+// Every SPLIT positions, cut at multiples of SPLIT, its softmax starts anew, and what came before is
+// merged with the result: the same merge, in the same order, whether one block walks over all splits
+// (prefill) or each split is a block's work and the last to end merges (decode). So a row's bits depend on
+// its position, queries, keys, values and window alone: not on the batch, the grid, where blocks lie,
+// how the prompt was cut into chunks, nor on whether the token was prompt or generated.
+//
+// cache  a tensor map of all rows of head_dim elements, boxes of 64 x box_rows with the 128-byte swizzle;
+//        box_rows divides block_size and N and is a multiple of 16
+// work   prefill: the tiles of query rows of every sequence, those with the most positions first;
+//        decode: every split that a sequence's query sees, neighbours in order
+//
+// Launch: any number of blocks, at best one per SM; THREADS; SHARED_BYTES. The first warpgroup loads: one
+// warp keys and values, one warp per consumer its queries. Two consumers take turns on the tensor cores:
+// while one computes its softmax, the other multiplies.
+// Roofline: prefill 4 * head_dim operations per query row and position that it sees; decode 4 * head_dim
+// bytes per position and key/value head.
+#include "attention.cuh"
+#include "attention_wgmma.cuh"
+#include "mma.cuh"
+#include "ptx.cuh"
+#include "tma.cuh"
+
+constexpr int STAGES = 2;
+// A decode step of one long sequence wants short splits, to spread over the SMs; prefill wants few merges.
+constexpr uint32_t SPLIT = 1024;
+
+template <int HD_, int N_, int CONSUMERS_, bool DECODE_>
+struct Shape {
+  static constexpr int HD = HD_, N = N_, CONSUMERS = CONSUMERS_;
+  static constexpr bool DECODE = DECODE_;
+  static constexpr int ROWS = 64 * CONSUMERS;
+  static constexpr int THREADS = 128 * (1 + CONSUMERS);
+  // A row of head_dim elements is cut into parts of 64, the last filled up with zeros.
+  static constexpr int PARTS = (HD + 63) / 64;
+  static constexpr int Q_PART = 64 * SWIZZLE_ROW, Q_TILE = PARTS * Q_PART;
+  static constexpr int KV_PART = N * SWIZZLE_ROW, KV_TILE = PARTS * KV_PART;
+  static constexpr int KEYS_AT = CONSUMERS * Q_TILE;
+  static constexpr int VALUES_AT = KEYS_AT + STAGES * KV_TILE;
+  static constexpr int TOTALS_AT = VALUES_AT + STAGES * KV_TILE;
+  static constexpr int BARRIERS_AT = TOTALS_AT + (DECODE ? 0 : ROWS * HD * 4);
+  static constexpr int SHARED_BYTES = BARRIERS_AT + (4 * STAGES + 2 * CONSUMERS) * 8;
+  static_assert(SHARED_BYTES <= 227 * 1024);
+  static constexpr uint32_t TILES_PER_SPLIT = SPLIT / N;
+};
+
+// A position in a ring of stages or, with one stage, in the phases of a barrier.
+template <int COUNT>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == COUNT) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The two consumers' turns on the tensor cores. The identifiers are literals: see warpgroup_barrier.
+__device__ __forceinline__ void wait_for_turn(int consumer) {
+  if (consumer == 0) {
+    asm volatile("bar.sync 3, 256;" ::: "memory");
+  } else {
+    asm volatile("bar.sync 4, 256;" ::: "memory");
+  }
+}
+
+__device__ __forceinline__ void give_turn_to(int consumer) {
+  if (consumer == 0) {
+    asm volatile("bar.arrive 3, 256;" ::: "memory");
+  } else {
+    asm volatile("bar.arrive 4, 256;" ::: "memory");
+  }
+}
+
+template <class S>
+struct Attention {
+  static constexpr int HD = S::HD, N = S::N;
+
+  const AttentionArgs& args;
+  const TensorMap& cache;
+  const uint32_t box_rows;
+  const uint32_t shared;
+  uint8_t* const shared_pointer;
+
+  // The work in hand.
+  uint32_t at;  // its place in `work`
+  Work work;
+  Sequence sequence;
+  uint32_t kv_head, first_row;
+  uint32_t first_tile, end_tile;
+  uint32_t end;  // no row sees this position or a later one
+
+  __device__ __forceinline__ Attention(const AttentionArgs& args, const TensorMap& cache, uint32_t box_rows,
+                                       uint8_t* shared_pointer)
+      : args(args),
+        cache(cache),
+        box_rows(box_rows),
+        shared(shared_address(shared_pointer)),
+        shared_pointer(shared_pointer) {}
+
+  __device__ __forceinline__ uint32_t keys(int stage) const { return shared + S::KEYS_AT + stage * S::KV_TILE; }
+  __device__ __forceinline__ uint32_t values(int stage) const {
+    return shared + S::VALUES_AT + stage * S::KV_TILE;
+  }
+  __device__ __forceinline__ uint32_t queries(int consumer) const { return shared + consumer * S::Q_TILE; }
+  __device__ __forceinline__ uint32_t barrier(int index) const { return shared + S::BARRIERS_AT + 8 * index; }
+  __device__ __forceinline__ uint32_t keys_full(int stage) const { return barrier(stage); }
+  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return barrier(STAGES + stage); }
+  __device__ __forceinline__ uint32_t values_full(int stage) const { return barrier(2 * STAGES + stage); }
+  __device__ __forceinline__ uint32_t values_empty(int stage) const { return barrier(3 * STAGES + stage); }
+  __device__ __forceinline__ uint32_t queries_full(int consumer) const { return barrier(4 * STAGES + consumer); }
+  __device__ __forceinline__ uint32_t queries_empty(int consumer) const {
+    return barrier(4 * STAGES + S::CONSUMERS + consumer);
+  }
+
+  __device__ __forceinline__ void init_barriers() const {
+    for (int stage = 0; stage < STAGES; stage++) {
+      barrier_init(keys_full(stage), 1);
+      barrier_init(values_full(stage), 1);
+      barrier_init(keys_empty(stage), 4 * S::CONSUMERS);
+      barrier_init(values_empty(stage), 4 * S::CONSUMERS);
+    }
+    for (int consumer = 0; consumer < S::CONSUMERS; consumer++) {
+      barrier_init(queries_full(consumer), 32);
+      barrier_init(queries_empty(consumer), 4);
+    }
+    barrier_init_fence();
+  }
+
+  // ---- the work, as every warp sees it
+
+  // Takes this block's next work; false when there is no more.
+  __device__ __forceinline__ bool take(uint32_t& round) {
+    const uint32_t count = *args.works * args.shape.kv_heads;
+    uint32_t index;
+    if (!next_work(round++, count, index)) return false;
+    at = index / args.shape.kv_heads;
+    kv_head = index % args.shape.kv_heads;
+    work = args.work[at];
+    sequence = args.sequences[work.sequence];
+    first_row = S::DECODE ? 0 : work.part * S::ROWS;
+    const uint32_t tokens = min(sequence.tokens, divide_up(first_row + S::ROWS, args.group));
+    end = sequence.position + tokens;
+    first_tile = first_seen(args, position(0)) / N;
+    end_tile = divide_up(end, N);
+    if (S::DECODE) {
+      first_tile = max(first_tile, work.part * S::TILES_PER_SPLIT);
+      end_tile = min(end_tile, (work.part + 1) * S::TILES_PER_SPLIT);
+    }
+    return true;
+  }
+
+  // Position of a row of the tile; of rows behind the last token, what it would be.
+  __device__ __forceinline__ uint32_t position(uint32_t row) const {
+    return sequence.position + (first_row + row) / args.group;
+  }
+
+  // ---- loading
+
+  __device__ __forceinline__ void load_keys_and_values() {
+    Ring<STAGES> ring;
+    uint32_t round = 0;
+    while (take(round)) {
+      for (uint32_t tile = first_tile; tile < end_tile; tile++) {
+        const int row = cache_row(tile);
+        load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row);
+        const int to_values = args.shape.kv_heads * args.shape.block_size;
+        load_tile(values(ring.stage), values_full(ring.stage), values_empty(ring.stage), ring.parity,
+                  row == OUTSIDE ? row : row + to_values);
+        ring.advance();
+      }
+    }
+  }
+
+  static constexpr int OUTSIDE = -256;  // TMA reads zeros there
+
+  // A lane loads one box: PARTS neighbouring lanes have the parts of the same positions.
+  __device__ __forceinline__ uint32_t box() const { return threadIdx.x % 32 / S::PARTS; }
+  __device__ __forceinline__ uint32_t part() const { return threadIdx.x % 32 % S::PARTS; }
+
+  // The row of the cache where this lane's box of keys begins.
+  __device__ __forceinline__ int cache_row(uint32_t tile) const {
+    const uint32_t position = tile * N + box() * box_rows, block_size = args.shape.block_size;
+    if (box() * box_rows >= N || position >= end) return OUTSIDE;
+    const uint32_t block = args.tables[sequence.table + position / block_size];
+    return (((args.layer * args.shape.blocks + block) * 2) * args.shape.kv_heads + kv_head) * block_size +
+           position % block_size;
+  }
+
+  __device__ __forceinline__ void load_tile(uint32_t to, uint32_t full, uint32_t empty, uint32_t parity,
+                                            int row) const {
+    barrier_wait(empty, parity ^ 1);
+    if (threadIdx.x % 32 == 0) barrier_arrive_expect(full, S::KV_TILE);
+    __syncwarp();
+    if (box() * box_rows < N) {
+      tma_load(to + part() * S::KV_PART + box() * box_rows * SWIZZLE_ROW, cache, part() * 64, row, full,
+               S::DECODE ? l2_evict_first() : l2_evict_normal());
+    }
+  }
+
+  // One warp per consumer. Rows without a token become zero.
+  __device__ __forceinline__ void load_queries(int consumer) {
+    constexpr int PIECES = HD / VEC;
+    Ring<1> ring;
+    uint32_t round = 0;
+    while (take(round)) {
+      barrier_wait(queries_empty(consumer), ring.parity ^ 1);
+      ring.advance();
+      for (uint32_t i = threadIdx.x % 32; i < 64 * PIECES; i += 32) {
+        const uint32_t row = i / PIECES, piece = i % PIECES, r = first_row + consumer * 64 + row;
+        const uint32_t token = r / args.group, head = kv_head * args.group + r % args.group;
+        const bool valid = token < sequence.tokens;
+        const size_t from = size_t(sequence.token + token) * args.q_stride + head * HD + piece * VEC;
+        const uint32_t to = piece / 8 * S::Q_PART + row * SWIZZLE_ROW + (piece % 8 ^ row % 8) * 16;
+        copy_async(queries(consumer) + to, args.q + (valid ? from : 0), valid);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+      shared_to_async_fence();
+      barrier_arrive(queries_full(consumer));
+    }
+  }
+
+  // ---- multiplying
+
+  // S::N / 2 scores, HD / 2 outputs of this thread: of two rows, 8 apart.
+  struct Rows {
+    float scores[N / 2];
+    uint32_t weights[N / 4];  // the scores' weights, as the A operand
+    float out[HD / 2];
+  };
+
+  static __device__ __forceinline__ uint32_t thread_row() {
+    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  __device__ __forceinline__ void multiply_keys(Rows& rows, int consumer, int stage) const {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < HD / WGMMA_K; k++) {
+      const uint64_t q = wgmma_tile(queries(consumer) + k / 4 * S::Q_PART) + k % 4 * WGMMA_NEXT_K;
+      const uint64_t key = wgmma_tile(keys(stage) + k / 4 * S::KV_PART) + k % 4 * WGMMA_NEXT_K;
+      Wgmma<N>::run(rows.scores, q, key, k != 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_values(Rows& rows, int stage, bool accumulate) const {
+    wgmma_fence();
+    const uint64_t value = values_tile(values(stage), S::KV_PART);
+#pragma unroll
+    for (int k = 0; k < N / WGMMA_K; k++) {
+      WgmmaValues<HD>::run(rows.out, rows.weights + 4 * k, value + k * VALUES_NEXT_K, accumulate || k != 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void weigh(Rows& rows, Weights& weights, int consumer, uint32_t tile,
+                                        float (&change)[2]) const {
+    if (args.cap_out != 0.f) cap_scores(rows.scores, args);
+    const uint32_t start = tile * N, top = consumer * 64;
+    const bool partly = start + N > position(top) + 1 || start < first_seen(args, position(top + 63));
+    if (partly) mask(rows.scores, start, top + thread_row());
+    weights.add(rows.scores, args.scale, change);
+  }
+
+  __device__ __forceinline__ void mask(float (&scores)[N / 2], uint32_t start, uint32_t row) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t own = position(row + half * 8), from = first_seen(args, own);
+      const uint32_t column = start + threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int i = 2 * half; i < N / 2; i += 4) {
+#pragma unroll
+        for (int j = i; j < i + 2; j++) {
+          const uint32_t p = column + j / 4 * 8 + j % 2;
+          if (p > own || p < from) scores[j] = -infinity();
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void pack_weights(Rows& rows) {
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) rows.weights[i] = pack_bf16(rows.scores[2 * i], rows.scores[2 * i + 1]);
+  }
+
+  static __device__ __forceinline__ void release(uint32_t empty) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+  }
+
+  // Values behind the end are another sequence's: even a weight of 0 would not silence a NaN. Whole boxes
+  // there are zero already. Each consumer clears the rest for itself.
+  __device__ __forceinline__ void clear_values(int consumer, int stage, uint32_t tile) const {
+    const uint32_t rows = end - tile * N;
+    if (rows >= N || rows % box_rows == 0) return;
+    const uint32_t count = (box_rows - rows % box_rows) * S::PARTS * 8;
+    for (uint32_t i = threadIdx.x % 128; i < count; i += 128) {
+      const uint32_t row = rows + i / (S::PARTS * 8), piece = i % (S::PARTS * 8);
+      uint8_t* const to = shared_pointer + S::VALUES_AT + stage * S::KV_TILE + piece / 8 * S::KV_PART +
+                          row * SWIZZLE_ROW + piece % 8 * 16;
+      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    }
+    shared_to_async_fence();
+    warpgroup_barrier(consumer);
+  }
+
+  __device__ __forceinline__ void consume(int consumer) {
+    Ring<STAGES> ring;
+    Ring<1> query_ring;
+    uint32_t round = 0;
+    if (S::CONSUMERS == 2 && consumer == 1) give_turn_to(0);
+    while (take(round)) {
+      Rows rows;
+      Weights weights;
+      float2 total[2];
+      float change[2];
+      bool merging = false;  // earlier splits are in `total`
+      int before;            // stage of the tile before, whose values are to be multiplied
+
+      barrier_wait(queries_full(consumer), query_ring.parity);
+      query_ring.advance();
+      barrier_wait(keys_full(ring.stage), ring.parity);
+      multiply_keys(rows, consumer, ring.stage);
+      wgmma_wait<0>();
+      wgmma_keep(rows.scores);
+      release(keys_empty(ring.stage));
+      weigh(rows, weights, consumer, first_tile, change);
+      pack_weights(rows);
+      bool fresh = true;  // the split has no output yet
+      Ring<STAGES> value_ring = ring;
+      ring.advance();
+
+      for (uint32_t tile = first_tile + 1; tile < end_tile; tile++) {
+        barrier_wait(keys_full(ring.stage), ring.parity);
+        if (S::CONSUMERS == 2) wait_for_turn(consumer);
+        multiply_keys(rows, consumer, ring.stage);
+        before = value_ring.stage;
+        barrier_wait(values_full(before), value_ring.parity);
+        multiply_values(rows, before, !fresh);
+        fresh = false;
+        if (S::CONSUMERS == 2) give_turn_to(1 - consumer);
+        wgmma_wait<1>();
+        wgmma_keep(rows.scores);
+        release(keys_empty(ring.stage));
+        if (!S::DECODE && tile % S::TILES_PER_SPLIT == 0) {
+          wgmma_wait<0>();
+          wgmma_keep(rows.out);
+          add_split(rows, weights, total, consumer, merging);
+          merging = fresh = true;
+          weights = Weights();
+          weigh(rows, weights, consumer, tile, change);
+        } else {
+          weigh(rows, weights, consumer, tile, change);
+          wgmma_wait<0>();
+          wgmma_keep(rows.out);
+#pragma unroll
+          for (int i = 0; i < HD / 2; i++) rows.out[i] *= change[i / 2 % 2];
+        }
+        release(values_empty(before));
+        pack_weights(rows);
+        value_ring = ring;
+        ring.advance();
+      }
+      release(queries_empty(consumer));
+      before = value_ring.stage;
+      barrier_wait(values_full(before), value_ring.parity);
+      clear_values(consumer, before, end_tile - 1);
+      multiply_values(rows, before, !fresh);
+      wgmma_wait<0>();
+      wgmma_keep(rows.out);
+      release(values_empty(before));
+      if (S::DECODE) {
+        hand_on(rows, weights, consumer);
+      } else {
+        finish(rows, weights, total, consumer, merging);
+      }
+    }
+  }
+
+  // ---- splits
+
+  __device__ __forceinline__ float4* totals(int consumer) const {
+    return reinterpret_cast<float4*>(shared_pointer + S::TOTALS_AT + consumer * 64 * HD * 4) + threadIdx.x % 128;
+  }
+
+  // Adds a split's outcome to those before it, which lie in shared memory.
+  __device__ __forceinline__ void add_split(Rows& rows, const Weights& weights, float2 (&total)[2], int consumer,
+                                            bool merging) const {
+    float before[2], after[2];
+    merge_sums(weights, total, merging, before, after);
+    float4* const to = totals(consumer);
+#pragma unroll
+    for (int i = 0; i < HD / 8; i++) {
+      float4 x = make_float4(rows.out[4 * i], rows.out[4 * i + 1], rows.out[4 * i + 2], rows.out[4 * i + 3]);
+      if (merging) {
+        const float4 t = to[i * 128];
+        x = make_float4(merged(t.x, x.x, before[0], after[0]), merged(t.y, x.y, before[0], after[0]),
+                        merged(t.z, x.z, before[1], after[1]), merged(t.w, x.w, before[1], after[1]));
+      }
+      to[i * 128] = x;
+    }
+  }
+
+  // As merging into nothing would do: that leaves a part as it is.
+  __device__ __forceinline__ void merge_sums(const Weights& weights, float2 (&total)[2], bool merging,
+                                             float (&before)[2], float (&after)[2]) const {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      const float2 part = weights.row(row, args.scale);
+      if (merging) {
+        merge(total[row], part, before[row], after[row]);
+      } else {
+        total[row] = part;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(Rows& rows, const Weights& weights, float2 (&total)[2], int consumer,
+                                         bool merging) const {
+    float before[2], after[2];
+    merge_sums(weights, total, merging, before, after);
+    if (merging) {
+      const float4* from = totals(consumer);
+#pragma unroll
+      for (int i = 0; i < HD / 8; i++) {
+        const float4 t = from[i * 128];
+        rows.out[4 * i] = merged(t.x, rows.out[4 * i], before[0], after[0]);
+        rows.out[4 * i + 1] = merged(t.y, rows.out[4 * i + 1], before[0], after[0]);
+        rows.out[4 * i + 2] = merged(t.z, rows.out[4 * i + 2], before[1], after[1]);
+        rows.out[4 * i + 3] = merged(t.w, rows.out[4 * i + 3], before[1], after[1]);
+      }
+    }
+    store(rows, total, consumer);
+  }
+
+  __device__ __forceinline__ void store(const Rows& rows, const float2 (&total)[2], int consumer) const {
+    const uint32_t heads = args.shape.kv_heads * args.group;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t row = first_row + consumer * 64 + thread_row() + half * 8, token = row / args.group;
+      if (token >= sequence.tokens) continue;
+      const float inverse = 1.f / total[half].y;
+      bf16* to = args.out +
+                 (size_t(sequence.token + token) * heads + kv_head * args.group + row % args.group) * HD +
+                 threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < HD / 8; j++) {
+        *reinterpret_cast<uint32_t*>(to + j * 8) =
+            pack_bf16(rows.out[4 * j + 2 * half] * inverse, rows.out[4 * j + 2 * half + 1] * inverse);
+      }
+    }
+  }
+
+  // The end of a decode split: its outcome is the output if there is no other; else the last one merges.
+  __device__ __forceinline__ void hand_on(const Rows& rows, const Weights& weights, int consumer) const {
+    float2 total[2] = {weights.row(0, args.scale), weights.row(1, args.scale)};
+    const uint32_t first_part = first_seen(args, sequence.position) / SPLIT;
+    const uint32_t parts = divide_up(end, SPLIT) - first_part;
+    if (parts == 1) return store(rows, total, consumer);
+    const uint32_t kv_heads = args.shape.kv_heads;
+    const size_t slot = size_t(at) * kv_heads + kv_head;
+    const size_t first_slot = slot - size_t(work.part - first_part) * kv_heads;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t row = thread_row() + half * 8;
+      if (row >= args.group) continue;
+      const size_t to = slot * args.group + row;
+#pragma unroll
+      for (int j = 0; j < HD / 8; j++) {
+        *reinterpret_cast<float2*>(args.partial_out + to * HD + j * 8 + threadIdx.x % 4 * 2) =
+            make_float2(rows.out[4 * j + 2 * half], rows.out[4 * j + 2 * half + 1]);
+      }
+      if (threadIdx.x % 4 == 0) args.partial_sum[to] = total[half];
+    }
+    __shared__ bool last;
+    __threadfence();
+    warpgroup_barrier(consumer);
+    if (threadIdx.x % 128 == 0) last = atomicAdd(args.counters + first_slot, 1) == parts - 1;
+    warpgroup_barrier(consumer);
+    if (!last) return;
+    __threadfence();
+    bf16* to = args.out + (size_t(sequence.token) * kv_heads + kv_head) * args.group * HD;
+    merge_parts<HD>(args, first_slot, kv_heads, parts, 0, args.group, to, threadIdx.x % 128, 128);
+    if (threadIdx.x % 128 == 0) args.counters[first_slot] = 0;
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void attention(const AttentionArgs& args, const TensorMap& cache, uint32_t box_rows) {
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  Attention<S> attention(args, cache, box_rows, dynamic_shared);
+  if (threadIdx.x == 0) {
+    tma_prefetch(cache);
+    attention.init_barriers();
+  }
+  let_next_start();
+  __syncthreads();
+  wait_for_previous();
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
+  if (warpgroup == 0) {
+    if (S::CONSUMERS == 2) registers_decrease<40>();
+    if (warp == 0) {
+      attention.load_keys_and_values();
+    } else if (warp <= S::CONSUMERS) {
+      attention.load_queries(warp - 1);
+    }
+  } else {
+    if (S::CONSUMERS == 2) registers_increase<232>();
+    attention.consume(warpgroup - 1);
+  }
+}
+
+#define ATTENTION(name, ...)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(Shape<__VA_ARGS__>::THREADS, 1)                               \
+      attention_##name(const __grid_constant__ AttentionArgs args, const __grid_constant__ TensorMap cache, \
+                       uint32_t box_rows) {                                                                  \
+    attention<Shape<__VA_ARGS__>>(args, cache, box_rows);                                                    \
+  }
+
+ATTENTION(prefill_64, 64, 128, 2, false)
+ATTENTION(prefill_96, 96, 128, 2, false)
+ATTENTION(prefill_128, 128, 128, 2, false)
+ATTENTION(prefill_256, 256, 64, 1, false)
+ATTENTION(decode_64, 64, 128, 1, true)
+ATTENTION(decode_96, 96, 128, 1, true)
+ATTENTION(decode_128, 128, 128, 1, true)
+ATTENTION(decode_256, 256, 64, 1, true)

@@ -1,0 +1,167 @@
+// What the attention kernels share: how the host describes a step, the online softmax (Milakov &
+// Gimelshein 2018; Dao 2023) and the merging of partial results.
+//
+// A query row is a (token, query head) pair of one key/value head: row r of a sequence is token
+// r / group, head r % group. A row's arithmetic is its own: it meets tiles of positions that are cut at
+// fixed positions, in order; tiles that it doesn't see but a neighbour does leave its bits alone,
+// because e^-inf is 0 and e^0 is 1.
+#pragma once
+
+#include "kv.cuh"
+#include "types.cuh"
+
+// What a step computes of one sequence.
+struct Sequence {
+  uint32_t token;     // its first token in the step
+  uint32_t tokens;    // how many
+  uint32_t position;  // of the first
+  uint32_t table;     // where its block table begins in `tables`
+};
+
+// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
+struct Work {
+  uint32_t sequence;
+  uint32_t part;
+};
+
+struct AttentionArgs {
+  const bf16* q;  // queries of token 0; a head's elements lie together, a token's heads one after another
+  bf16* out;      // [tokens, heads * head_dim]
+  const bf16* cache;
+  const Sequence* sequences;
+  const uint32_t* tables;  // block ids
+  const Work* work;
+  const uint32_t* works;  // how much of it there is: on the device, so that a captured graph can vary it
+  // Of decoding: partial results, one slot per work and key/value head; counters, zero before and after.
+  float* partial_out;   // [slots, group, head_dim]
+  float2* partial_sum;  // [slots, group]: scaled maximum and sum, see Weights::row
+  uint32_t* counters;   // [slots, ceil(group / 16)]
+  KvShape shape;
+  uint32_t layer;
+  uint32_t q_stride;  // elements from token to token in q
+  uint32_t group;     // query heads per key/value head
+  uint32_t window;    // a query sees that many positions up to its own
+  float scale;        // of scores, times log2(e)
+  float cap_in, cap_out;  // score = cap_out * tanh(cap_in * score) first, if cap_out is not 0
+};
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+// The first position that the query at `position` sees.
+__device__ __forceinline__ uint32_t first_seen(const AttentionArgs& args, uint32_t position) {
+  return position < args.window ? 0 : position + 1 - args.window;
+}
+
+// The index of a block's work among `count` when each block takes every gridDim.x-th, back and forth:
+// work comes largest first, so this evens out what the blocks get. False when there is no more.
+__device__ __forceinline__ bool next_work(uint32_t round, uint32_t count, uint32_t& index) {
+  const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  index = round * gridDim.x + place;
+  return index < count;
+}
+
+template <int COUNT>
+__device__ __forceinline__ void cap_scores(float (&scores)[COUNT], const AttentionArgs& args) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    // tanh(x) = 1 - 2 / (e^2x + 1): right at both ends, where e^2x is 0 or infinite.
+    constexpr float TWO_LOG2_E = 2.885390082f;
+    const float power = exp2_fast(args.cap_in * scores[i] * TWO_LOG2_E);
+    scores[i] = args.cap_out * (1.f - __fdividef(2.f, power + 1.f));
+  }
+}
+
+// The weights of two query rows. Scores, and later weights, lie as the matrix instructions leave them: of a
+// thread's elements 4 j .. 4 j + 3, two belong to its first row and two to its second, eight rows on;
+// four neighbouring lanes share a row.
+struct Weights {
+  float max[2] = {-infinity(), -infinity()};  // of scores, before `scale`
+  float sum[2] = {0.f, 0.f};                  // over this thread's elements
+
+  // Turns scores into weights, 2^(scale * (score - maximum)), and gives the factor by which a changed
+  // maximum scales what was summed before.
+  template <int COUNT>
+  __device__ __forceinline__ void add(float (&scores)[COUNT], float scale, float (&change)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      float top = max[row];
+#pragma unroll
+      for (int i = 2 * row; i < COUNT; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      // A row that sees nothing of all this has only scores of -inf: any other reference will do.
+      const float reference = top == -infinity() ? 0.f : __fmul_rn(top, scale);
+      change[row] = exp2_fast(__fmaf_rn(max[row], scale, -reference));
+      max[row] = top;
+      float total = __fmul_rn(sum[row], change[row]);
+#pragma unroll
+      for (int i = 2 * row; i < COUNT; i += 4) {
+#pragma unroll
+        for (int j = i; j < i + 2; j++) {
+          scores[j] = exp2_fast(__fmaf_rn(scores[j], scale, -reference));
+          total = __fadd_rn(total, scores[j]);
+        }
+      }
+      sum[row] = total;
+    }
+  }
+
+  // What a partial result says of itself: the maximum, scaled, and the sum over the whole row.
+  __device__ __forceinline__ float2 row(int row, float scale) const {
+    float total = sum[row];
+    total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 1));
+    total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
+    return make_float2(__fmul_rn(max[row], scale), total);
+  }
+};
+
+// Adds a partial result to what came before it, both (scaled maximum, sum): `total` is changed, and
+// the outputs are to be combined as out * before + part * after.
+__device__ __forceinline__ void merge(float2& total, float2 part, float& before, float& after) {
+  const float top = fmaxf(total.x, part.x), reference = top == -infinity() ? 0.f : top;
+  before = exp2_fast(__fadd_rn(total.x, -reference));
+  after = exp2_fast(__fadd_rn(part.x, -reference));
+  total = make_float2(top, __fmaf_rn(part.y, after, __fmul_rn(total.y, before)));
+}
+
+__device__ __forceinline__ float merged(float out, float part, float before, float after) {
+  return __fmaf_rn(part, after, __fmul_rn(out, before));
+}
+
+// Merges `parts` partial results, `stride` slots apart from `slot` on, in order, and writes the output
+// of `rows` rows of the group. Called by `threads` threads that have all seen the parts' counter.
+template <int HD>
+__device__ __forceinline__ void merge_parts(const AttentionArgs& args, size_t slot, uint32_t stride,
+                                            uint32_t parts, uint32_t first_row, uint32_t rows, bf16* out,
+                                            uint32_t thread, uint32_t threads) {
+  constexpr uint32_t QUADS = HD / 4;
+  for (uint32_t i = thread; i < rows * QUADS; i += threads) {
+    const uint32_t row = first_row + i / QUADS, column = i % QUADS * 4;
+    float2 total = make_float2(-infinity(), 0.f);
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+    for (uint32_t part = 0; part < parts; part++) {
+      const size_t at = (slot + size_t(part) * stride) * args.group + row;
+      // Past L1, which may hold what another block wrote over.
+      const float2 weight = __ldcg(args.partial_sum + at);
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(args.partial_out + at * HD + column));
+      float before, after;
+      merge(total, weight, before, after);
+      sum.x = merged(sum.x, x.x, before, after);
+      sum.y = merged(sum.y, x.y, before, after);
+      sum.z = merged(sum.z, x.z, before, after);
+      sum.w = merged(sum.w, x.w, before, after);
+    }
+    const float inverse = 1.f / total.y;
+    *reinterpret_cast<uint2*>(out + size_t(row) * HD + column) =
+        make_uint2(pack_bf16(sum.x * inverse, sum.y * inverse), pack_bf16(sum.z * inverse, sum.w * inverse));
+  }
+}
