@@ -1,6 +1,7 @@
 use spate_model::{Checkpoint, ModelConfig};
 
-use crate::executor::kv_block_bytes;
+use crate::executor::max_seq_len;
+use crate::kv::KvPlan;
 use crate::linear::{LinearWeight, Scratch};
 use crate::ops::LOGIT_TILE;
 use crate::{CpuConfig, CpuError, CpuMode};
@@ -33,7 +34,7 @@ impl Estimate {
         });
         Ok(Self {
             weights: weights.sum(),
-            kv_block: kv_block_bytes(&model, config)?,
+            kv_block: KvPlan::new(&model, config, max_seq_len(&model, config)?)?.block_bytes(),
             activations: activations(&model, config.max_batch_tokens.into()),
         })
     }

@@ -25,4 +25,5 @@ use attention::MAX_HEAD_DIM;
 pub use error::CpuError;
 pub use estimate::Estimate;
 pub use executor::{CpuConfig, CpuExecutor, CpuMode};
+pub use kv::KvDtype;
 pub use pool::ThreadPool;

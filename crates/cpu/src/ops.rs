@@ -5,8 +5,8 @@ use spate_model::{Activation, ModelConfig, Ops};
 use spate_types::{Logprobs, SampledToken};
 
 use crate::attention::Attention;
-use crate::kv::{KvCache, KvPool};
-use crate::linear::{Column, Isa, Scratch, linear};
+use crate::kv::{KvCache, KvLine, KvPool};
+use crate::linear::{Isa, Scratch, linear};
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
 use crate::rope::{NormRotate, Ropes};
@@ -109,8 +109,8 @@ impl CpuOps {
         self.allocated + (logits + self.scratch.bytes()) as u64
     }
 
-    pub(crate) fn copy_block(&mut self, copy: BlockCopy) {
-        self.kv.copy(copy);
+    pub(crate) fn copy_block(&mut self, copy: BlockCopy, local: bool) {
+        self.kv.copy(copy, local);
     }
 
     /// Elements that one task takes of a buffer of `width`.
@@ -267,6 +267,8 @@ impl Ops for CpuOps {
         match &mut self.kv {
             KvCache::F32(kv) => append(&self.pool, kv, step, layer, k, v),
             KvCache::F16(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::Bf16(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::Int8(kv) => append(&self.pool, kv, step, layer, k, v),
         }
         Ok(())
     }
@@ -281,6 +283,8 @@ impl Ops for CpuOps {
         match &self.kv {
             KvCache::F32(kv) => self.attend(kv, step, layer, qkv, out),
             KvCache::F16(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::Bf16(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::Int8(kv) => self.attend(kv, step, layer, qkv, out),
         }
         Ok(())
     }
@@ -409,7 +413,7 @@ impl Choice<'_> {
 }
 
 /// Writes the keys and values of a step, `[tokens, kv_heads * head_dim]` each; heads in parallel.
-fn append<C: Column>(
+fn append<C: KvLine>(
     pool: &ThreadPool,
     kv: &mut KvPool<C>,
     step: &Step,
@@ -417,26 +421,26 @@ fn append<C: Column>(
     keys: &[f32],
     values: &[f32],
 ) {
-    let shape = kv.shape;
+    let layer = kv.layer_mut(layer);
+    let (shape, local) = (layer.shape, layer.local);
     let (dim, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-    let heads = kv.layer_mut(layer);
     let few = step.tokens.len() < TASK_TOKENS;
-    let per_task = if few { heads.len() } else { 1 };
-    pool.run_chunks(heads, per_task, |i, heads| {
+    let per_task = if few { shape.kv_heads } else { 1 };
+    pool.run_chunks(&mut layer.heads, per_task, |i, heads| {
         for (h, head) in heads.iter_mut().enumerate() {
             let offset = (i * per_task + h) * dim;
             for (t, (&position, &row)) in step.positions.iter().zip(&step.row_of).enumerate() {
                 let at = t * width + offset;
                 let (key, value) = (&keys[at..at + dim], &values[at..at + dim]);
-                let blocks = &step.rows[row].blocks;
-                head.append(&shape, blocks, position as usize, key, value);
+                let pages = step.rows[row].pages(local);
+                head.append(&shape, pages, position as usize, key, value);
             }
         }
     });
 }
 
 impl CpuOps {
-    fn attend<C: Column>(
+    fn attend<C: KvLine>(
         &self,
         kv: &KvPool<C>,
         step: &Step,
@@ -456,9 +460,9 @@ impl CpuOps {
             let Span { row, token, count } = step.spans[span];
             let kv_head = task % c.kv_heads;
             self.isa.run(Attention {
-                shape: &kv.shape,
-                kv: &layer[kv_head],
-                blocks: &step.rows[row].blocks,
+                shape: &layer.shape,
+                kv: &layer.heads[kv_head],
+                pages: step.rows[row].pages(layer.local),
                 queries,
                 out: &out,
                 token,

@@ -1,7 +1,8 @@
 use spate_executor::{Batch, Input, Row, RowOutput};
 use spate_model::Rotation;
-use spate_types::{BlockIds, Slot, TokenId};
+use spate_types::{BlockIds, LocalBlocks, Slot, TokenId};
 
+use crate::kv::Pages;
 use crate::rope;
 use crate::slots::SlotState;
 
@@ -31,9 +32,22 @@ pub(crate) struct Step {
 #[derive(Debug)]
 pub(crate) struct StepRow {
     pub(crate) slot: Slot,
-    pub(crate) blocks: BlockIds,
+    blocks: BlockIds,
+    local: LocalBlocks,
     /// Index of its last token.
     pub(crate) last: usize,
+}
+
+impl StepRow {
+    /// Its blocks in the local pool, or in the main one.
+    pub(crate) fn pages(&self, local: bool) -> Pages<'_> {
+        let (first, blocks) = if local {
+            (self.local.first as usize, &self.local.blocks)
+        } else {
+            (0, &self.blocks)
+        };
+        Pages { first, blocks }
+    }
 }
 
 /// Consecutive tokens of one row.
@@ -95,6 +109,7 @@ impl Step {
         self.rows.push(StepRow {
             slot: row.slot,
             blocks: row.blocks.clone(),
+            local: row.local.clone(),
             last: first + count - 1,
         });
         self.spans

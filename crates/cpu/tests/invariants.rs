@@ -105,7 +105,10 @@ fn alone_chunked_and_batched_are_equal() {
     ];
     for mode in MODES {
         for spec in &specs {
-            check(&mut tiny(mode, spec), &[1, 2, 15, 16, 17, 33, 70, 130], 12);
+            let mut runner = tiny(mode, spec);
+            let local = runner.exec.capacity().local.map(|local| local.window);
+            assert_eq!(local, spec.window);
+            check(&mut runner, &[1, 2, 15, 16, 17, 33, 70, 130], 12);
         }
     }
 }
@@ -161,7 +164,11 @@ fn finish(runner: &mut Runner, s: &mut Sequence, copies: Vec<BlockCopy>) {
     let mut row = s.next_row(512);
     row.bind = Some(s.bind());
     let rows = vec![row];
-    let output = runner.run(Batch { copies, rows });
+    let output = runner.run(Batch {
+        copies,
+        rows,
+        ..Batch::default()
+    });
     s.take(output.into_iter().next().unwrap(), 512);
     while s.output.len() < 12 {
         runner.step(&mut [&mut *s], 512);
@@ -190,7 +197,13 @@ fn a_preempted_sequence_goes_on_as_if_nothing_had_happened() {
         row.prompt_logprobs = false;
         let rows = vec![row];
         let copies = Vec::new();
-        let output = runner.run(Batch { copies, rows }).remove(0);
+        let output = runner
+            .run(Batch {
+                copies,
+                rows,
+                ..Batch::default()
+            })
+            .remove(0);
         let end = s.prompt.len() + s.output.len();
         s.take(output, 512);
         s.done = end;

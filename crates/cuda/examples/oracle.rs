@@ -14,7 +14,7 @@ use spate_cuda::{CudaConfig, CudaError, CudaExecutor};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput, conformance};
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{ARCHITECTURES, Gguf};
-use spate_types::{BlockId, Logprobs, SamplingParams, Slot, TokenId};
+use spate_types::{BlockId, LocalBlocks, Logprobs, SamplingParams, Slot, TokenId};
 
 const BLOCK: u32 = 16;
 
@@ -63,6 +63,7 @@ fn cpu(gguf: &Gguf) -> Result<Box<dyn Executor>> {
         max_seq_len: 0,
         slots: 16,
         max_batch_tokens: 512,
+        kv_dtype: None,
     };
     Ok(Box::new(CpuExecutor::load(gguf, &config, &mut |_| {})?))
 }
@@ -201,6 +202,7 @@ impl Runner {
                 bind: bind.take(),
                 start,
                 blocks: blocks.clone(),
+                local: LocalBlocks::default(),
                 sample: start as usize + input.len() >= prompt.len(),
                 prompt_logprobs: input != Input::Last,
                 input,
@@ -218,6 +220,7 @@ impl Runner {
     fn step(&mut self, row: Row) -> Result<RowOutput> {
         let batch = Batch {
             copies: Vec::new(),
+            local_copies: Vec::new(),
             rows: vec![row],
         };
         self.executor.submit(Lane::Main, batch)?;

@@ -72,25 +72,32 @@ impl Checkpoint for DummyModel {
     /// Norms are one and biases zero. Matrices are uniform with a variance of one over their
     /// columns: whatever is as large as a norm leaves it, comes out as large.
     fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
-        let elements = tensor.dims.iter().product::<u64>() as usize;
         if let [_] = tensor.dims[..] {
-            let value: f32 = if tensor.name.ends_with("bias") {
-                0.0
-            } else {
-                1.0
+            let value: f32 = match tensor.name.ends_with("bias") {
+                true => 0.0,
+                false => 1.0,
             };
-            out.extend((0..elements).flat_map(|_| value.to_le_bytes()));
+            fill(out, tensor.bytes, || value.to_le_bytes());
             return Ok(());
         }
         let mut random = Uniform::new(self.seed, &tensor.name);
         let limit = (3.0 / tensor.dims[0] as f32).sqrt();
-        let values = (0..elements).map(|_| random.next() * limit);
+        let mut next = || random.next() * limit;
         match tensor.ggml_type {
-            GgmlType::F16 => out.extend(values.flat_map(|v| f16::from_f32(v).to_le_bytes())),
-            GgmlType::BF16 => out.extend(values.flat_map(|v| bf16::from_f32(v).to_le_bytes())),
-            _ => out.extend(values.flat_map(f32::to_le_bytes)),
+            GgmlType::F16 => fill(out, tensor.bytes, || f16::from_f32(next()).to_le_bytes()),
+            GgmlType::BF16 => fill(out, tensor.bytes, || bf16::from_f32(next()).to_le_bytes()),
+            _ => fill(out, tensor.bytes, || next().to_le_bytes()),
         }
         Ok(())
+    }
+}
+
+/// Appends `bytes` bytes, `N` at a time.
+fn fill<const N: usize>(out: &mut Vec<u8>, bytes: usize, mut next: impl FnMut() -> [u8; N]) {
+    let start = out.len();
+    out.resize(start + bytes, 0);
+    for number in out[start..].as_chunks_mut::<N>().0 {
+        *number = next();
     }
 }
 

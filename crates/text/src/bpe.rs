@@ -1,11 +1,11 @@
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::BinaryHeap;
 
 use spate_types::TokenId;
 
 use crate::TextError;
-use crate::vocab::Kind;
+use crate::hash::FileHashMap;
+use crate::vocab::{Ids, Kind};
 
 /// No token, no merge, no neighbour.
 const NONE: u32 = u32::MAX;
@@ -20,7 +20,7 @@ const MAX_SCORED_TOKEN: usize = 1024;
 /// leftmost among equals, until no pair has a merge. O(n log n) for a word of n tokens, so a
 /// single word of ten million bytes costs no more a byte than a page of prose.
 pub(crate) struct Bpe {
-    merges: HashMap<u64, Merge, BuildHasherDefault<PairHasher>>,
+    merges: FileHashMap<u64, Merge>,
 }
 
 /// What becomes of a pair.
@@ -40,9 +40,9 @@ impl Bpe {
     /// Of a list of merges, the most urgent first.
     pub(crate) fn listed<'m>(
         merges: impl ExactSizeIterator<Item = Result<(&'m str, &'m str), TextError>>,
-        ids: &HashMap<&str, TokenId>,
+        ids: &Ids,
     ) -> Result<Self, TextError> {
-        let mut table = HashMap::with_capacity_and_hasher(merges.len(), Default::default());
+        let mut table = FileHashMap::with_capacity_and_hasher(merges.len(), Default::default());
         let mut text = String::new();
         for (rank, merge) in (0..NONE).zip(merges) {
             let (left, right) = merge?;
@@ -66,14 +66,15 @@ impl Bpe {
         tokens: &[String],
         kinds: &[Kind],
         scores: &[f32],
-        ids: &HashMap<&str, TokenId>,
+        ids: &Ids,
     ) -> Result<Self, TextError> {
         let ranks = ranks_of(scores)?;
         let normal = |text: &str| {
             let id = ids.get(text).copied();
             id.filter(|&id| kinds[id as usize] == Kind::Normal)
         };
-        let mut table = HashMap::default();
+        // Most tokens can be made in one way or two.
+        let mut table = FileHashMap::with_capacity_and_hasher(2 * tokens.len(), Default::default());
         for (into, text) in (0..).zip(tokens) {
             // Of tokens with the same text, the one that the text leads to.
             if normal(text) != Some(into) {
@@ -88,9 +89,9 @@ impl Bpe {
             let rank = ranks[into as usize];
             for (at, _) in text.char_indices().skip(1) {
                 let (left, right) = text.split_at(at);
-                if let (Some(l), Some(r)) = (normal(left), normal(right)) {
-                    table.insert(pair(l, r), Merge { rank, into });
-                }
+                let Some(left) = normal(left) else { continue };
+                let Some(right) = normal(right) else { continue };
+                table.insert(pair(left, right), Merge { rank, into });
             }
         }
         Ok(Self { merges: table })
@@ -226,27 +227,4 @@ fn pair(left: TokenId, right: TokenId) -> u64 {
 
 fn entry(rank: u32, at: u32) -> Reverse<u64> {
     Reverse(u64::from(rank) << 32 | u64::from(at))
-}
-
-/// Hashes a pair of ids with one multiplication (Fibonacci hashing, Knuth vol. 3, 6.4). The table's
-/// keys come from the model file alone, so nobody can aim collisions at it.
-#[derive(Default)]
-struct PairHasher(u64);
-
-impl Hasher for PairHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &b in bytes {
-            self.write_u64(u64::from(b));
-        }
-    }
-
-    fn write_u64(&mut self, x: u64) {
-        let product = (self.0 ^ x).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        // The table takes its bucket from the low bits, and the product is best in the high ones.
-        self.0 = product ^ product >> 32;
-    }
 }

@@ -14,6 +14,7 @@ mod error;
 mod families;
 mod gguf;
 mod guard;
+mod hash;
 mod hf;
 mod pretokenizer;
 mod python;

@@ -73,8 +73,15 @@ fn render_case(case: &Json) -> Result<String, TextError> {
     Ok(template.render_at(&input, CORPUS_TIME)?.text)
 }
 
-/// minijinja loops over `None` as over nothing; Python raises this.
-const TOLERATED: &str = "TypeError: 'NoneType' object is not iterable";
+/// Cases with `tools` or `documents` set to null for templates that are only meant for tools or
+/// documents. They loop over the null: Python raises "TypeError: 'NoneType' object is not iterable",
+/// minijinja loops over nothing. No request gets here: without tools the default template is used.
+const TOLERATED: &[&str] = &[
+    "hfjs/CohereForAI/c4ai-command-r-v01 [nulltools]",
+    "hfjs/NousResearch/Hermes-2-Pro-Llama-3-8B (JSON Schema) [nulltools]",
+    "GregoryBolshakov+hf-chat-template/tests/corpus/hermes-3-llama-3.1-8b/tokenizer_config.json#tool_use [nulltools]",
+    "GregoryBolshakov+hf-chat-template/tests/corpus/command-r-v01/tokenizer_config.json#rag [nulltools]",
+];
 
 #[test]
 fn corpus_of_real_templates_renders_as_transformers_does() {
@@ -88,18 +95,17 @@ fn corpus_of_real_templates_renders_as_transformers_does() {
         let case: Json = serde_json::from_str(line).unwrap();
         total += 1;
         let got = render_case(&case);
+        let text = |key: &str| case[key].as_str().unwrap().to_owned();
+        let name = format!("{} [{}]", text("name"), text("ctx"));
         let as_expected = match (&got, &case["expect"]) {
             (Ok(text), Json::String(expect)) => text == expect,
             (Err(_), Json::Null) => true,
-            (Ok(_), Json::Null) => case["err"] == TOLERATED,
+            (Ok(_), Json::Null) => TOLERATED.contains(&name.as_str()),
             _ => false,
         };
         if !as_expected {
             let (expect, error) = (&case["expect"], &case["err"]);
-            wrong.push(format!(
-                "{} [{}]\n  want {expect} {error}\n  got  {got:?}",
-                case["name"], case["ctx"]
-            ));
+            wrong.push(format!("{name}\n  want {expect} {error}\n  got  {got:?}"));
         }
     }
     assert!(total > 0, "the corpus is empty");

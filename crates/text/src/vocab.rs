@@ -3,9 +3,10 @@ use std::collections::HashMap;
 use spate_types::TokenId;
 
 use crate::TextError;
+use crate::hash::FileHashMap;
 
 /// Token ids by text.
-pub(crate) type Ids<'t> = HashMap<&'t str, TokenId>;
+pub(crate) type Ids<'t> = FileHashMap<&'t str, TokenId>;
 
 /// What SentencePiece writes for a space.
 pub(crate) const META_SPACE: char = '▁';

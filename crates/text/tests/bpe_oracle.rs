@@ -81,7 +81,7 @@ fn oracle(spec: &VocabSpec) -> Oracle {
     let byte_level = ByteLevel::new(false, false, true);
     let mut oracle = Oracle::new(bpe);
     if pre == "qwen2" {
-        oracle.with_normalizer(Some(NFC));
+        oracle.with_normalizer(Some(NFC)).unwrap();
     }
     oracle.with_pre_tokenizer(Some(match pre {
         "gpt-2" => byte_level.into(),

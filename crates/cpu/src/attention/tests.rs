@@ -1,15 +1,16 @@
 #![allow(clippy::unwrap_used)]
 
+use spate_types::BlockId;
+
 use super::*;
 use crate::kv::KvPool;
-use crate::linear::{F16x16, Isa};
+use crate::linear::{Bf16x16, F16x16, I8x16, Isa};
 
 const TOKENS: usize = 53;
 const KV_HEADS: usize = 2;
 
 fn shape(head_dim: usize) -> KvShape {
     KvShape {
-        layers: 1,
         kv_heads: KV_HEADS,
         head_dim,
         blocks: 8,
@@ -45,25 +46,32 @@ impl Input {
         }
     }
 
-    fn pool<C: Column>(&self) -> KvPool<C> {
+    fn pages(&self) -> Pages<'_> {
+        Pages {
+            first: 0,
+            blocks: &self.blocks,
+        }
+    }
+
+    fn pool<C: KvLine>(&self) -> KvPool<C> {
         let dim = self.head_dim;
         let shape = shape(dim);
-        let mut pool = KvPool::new(shape).unwrap();
-        for (h, head) in pool.layer_mut(0).iter_mut().enumerate() {
+        let mut pool = KvPool::new(std::iter::once((shape, false))).unwrap();
+        for (h, head) in pool.layer_mut(0).heads.iter_mut().enumerate() {
             // Leftovers of another sequence, as bad as they can be.
             let bad = vec![f32::NAN; dim];
-            (0..64).for_each(|p| head.append(&shape, &self.blocks, p, &bad, &bad));
+            (0..64).for_each(|p| head.append(&shape, self.pages(), p, &bad, &bad));
             for t in 0..TOKENS {
                 let at = (t * KV_HEADS + h) * dim;
                 let (key, value) = (&self.keys[at..at + dim], &self.values[at..at + dim]);
-                head.append(&shape, &self.blocks, t, key, value);
+                head.append(&shape, self.pages(), t, key, value);
             }
         }
         pool
     }
 
     /// All queries, `tokens` at a time.
-    fn attend<C: Column>(
+    fn attend<C: KvLine>(
         &self,
         isa: Isa,
         pool: &KvPool<C>,
@@ -75,9 +83,9 @@ impl Input {
         for token in (0..TOKENS).step_by(tokens) {
             for kv_head in 0..KV_HEADS {
                 isa.run(Attention {
-                    shape: &pool.shape,
-                    kv: &pool.layer(0)[kv_head],
-                    blocks: &self.blocks,
+                    shape: &pool.layer(0).shape,
+                    kv: &pool.layer(0).heads[kv_head],
+                    pages: self.pages(),
                     queries: &self.queries,
                     out: &disjoint,
                     token,
@@ -92,6 +100,22 @@ impl Input {
             }
         }
         out
+    }
+
+    /// Close to what it should be, and the same on every instruction set in chunks of any size.
+    fn check<C: KvLine>(&self, window: usize, want: &[f64], tolerance: f64) {
+        let pool = self.pool::<C>();
+        let whole = self.attend(Isa::best(), &pool, TOKENS, window);
+        let name = std::any::type_name::<C>();
+        let what = format!("group {}, window {window}, {name}", self.group);
+        let off = furthest(&whole, want);
+        assert!(off < tolerance, "{what}: {off}");
+        for isa in Isa::available() {
+            for tokens in [1, 2, 7, 16] {
+                let got = self.attend(isa, &pool, tokens, window);
+                assert_eq!(got, whole, "{} by {tokens}, {what}", isa.name());
+            }
+        }
     }
 
     /// Softmax attention as its definition says, in float64.
@@ -135,25 +159,12 @@ fn furthest(got: &[f32], want: &[f64]) -> f64 {
 fn close_to_float64_and_equal_on_every_path() {
     for (group, head_dim) in [(1, 16), (3, 64), (5, 48), (8, 32)] {
         for window in [usize::MAX, 1, 16, 21] {
-            check(&Input::new(group, head_dim), window);
-        }
-    }
-}
-
-fn check(input: &Input, window: usize) {
-    let want = input.reference(window);
-    let (wide, narrow) = (input.pool::<F32x16>(), input.pool::<F16x16>());
-    let whole = input.attend(Isa::best(), &wide, TOKENS, window);
-    let whole_f16 = input.attend(Isa::best(), &narrow, TOKENS, window);
-    let what = format!("group {}, window {window}", input.group);
-    assert!(furthest(&whole, &want) < 2e-6, "{what}");
-    assert!(furthest(&whole_f16, &want) < 2e-3, "{what}, float16");
-    for isa in Isa::available() {
-        for tokens in [1, 2, 7, 16] {
-            let path = format!("{} by {tokens}, {what}", isa.name());
-            assert_eq!(input.attend(isa, &wide, tokens, window), whole, "{path}");
-            let got = input.attend(isa, &narrow, tokens, window);
-            assert_eq!(got, whole_f16, "{path}");
+            let input = Input::new(group, head_dim);
+            let want = input.reference(window);
+            input.check::<F32x16>(window, &want, 2e-6);
+            input.check::<F16x16>(window, &want, 2e-3);
+            input.check::<Bf16x16>(window, &want, 2e-2);
+            input.check::<I8x16>(window, &want, 2e-2);
         }
     }
 }

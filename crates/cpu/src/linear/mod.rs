@@ -27,9 +27,9 @@ use spate_model::quant::{GgmlType, QuantError};
 
 use crate::pool::{Disjoint, ThreadPool};
 use activations::{ActBlock, BLOCK, quantize};
-use dense::{Bf16x16, Dense};
-pub(crate) use dense::{Column, F16x16};
-pub(crate) use lanes::{F32x16, Kernel, Lanes};
+use dense::Dense;
+pub(crate) use dense::{Bf16x16, Column, F16x16};
+pub(crate) use lanes::{F32x16, I8x16, Kernel, Lanes};
 use packed::Packed;
 use sweep::{Sweep, panels};
 

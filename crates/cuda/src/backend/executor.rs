@@ -398,6 +398,7 @@ impl Plan {
             vocab_size: self.slots.vocab as u32,
             lanes: vec![LaneId::Main],
             depth: DEPTH as u32,
+            local: None,
         }
     }
 }

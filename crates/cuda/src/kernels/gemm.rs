@@ -19,6 +19,9 @@ pub struct Product {
     pub x: Slice<bf16>,
     /// `[outputs, inputs]`.
     pub weights: Slice<bf16>,
+    /// Whether the kernel before this one in the stream writes the weights. Otherwise they are read
+    /// while it still runs.
+    pub fresh_weights: bool,
     /// `[outputs]`.
     pub bias: Option<Slice<f32>>,
     /// `[tokens, outputs]`.

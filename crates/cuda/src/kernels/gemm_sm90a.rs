@@ -182,7 +182,7 @@ impl GemmHopper {
     ///
     /// # Safety
     /// All memory is alive until the kernel has run. The weights were complete before the kernel that
-    /// precedes this one in the stream was launched: they are read while it finishes.
+    /// precedes this one in the stream was launched, unless they are said to be fresh.
     ///
     /// # Panics
     /// If `inputs`, or `outputs` of a bfloat16 result, is not a multiple of 8, or a buffer is too
@@ -194,7 +194,10 @@ impl GemmHopper {
         let clusters = tile.tiles(product.tokens, product.outputs);
         let clusters = clusters.min((stream.sms() / tile.cluster).max(1) as usize) as u32;
         let shape = Shape::new(clusters * tile.cluster, tile.threads());
-        let shape = shape.shared_bytes(tile.shared_bytes());
+        let mut shape = shape.shared_bytes(tile.shared_bytes());
+        if product.fresh_weights {
+            shape = shape.after_previous();
+        }
         // SAFETY: the struct is the kernel's, the lengths were checked, the caller vouches for the
         // rest.
         unsafe { self.kernel(tile).launch(stream, shape, &(args,)) }

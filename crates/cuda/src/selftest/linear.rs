@@ -31,7 +31,6 @@ pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         reports.extend(accuracy(lab, "linear (wgmma)", &best)?);
         reports.push(invariance(lab, "linear (wgmma)", &best, &any)?);
     }
-    reports.extend(times(lab, &best)?);
     Ok(reports)
 }
 
@@ -57,6 +56,7 @@ impl Case {
                 inputs,
                 x: lab.upload(&x)?,
                 weights: lab.upload(&weights)?,
+                fresh_weights: false,
                 bias: on_bias,
                 out: Output::F32(Slice::null()),
             },
@@ -180,32 +180,28 @@ fn invariance(
 }
 
 /// Speed on the shapes of an 8B model, every run with other weights: those of the last are in L2.
-fn times(lab: &mut Lab, launch: Launch) -> Result<Vec<Report>, CudaError> {
+pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     const COLD: usize = 400 << 20;
-    const PIECE: usize = 1 << 24;
-    const SHAPES: [(&str, usize, usize); 4] = [
+    const SHAPES: [(&str, usize, usize); 5] = [
         ("qkv", 6144, 4096),
         ("o", 4096, 4096),
         ("gate_up", 28672, 4096),
         ("down", 4096, 14336),
+        ("lm_head", 128_256, 4096),
     ];
+    const TOKENS: [usize; 7] = [1, 16, 64, 256, 512, 2048, 4096];
+    let linear = Linear::load(lab.device())?;
     let mut reports = Vec::new();
     for (name, outputs, inputs) in SHAPES {
         lab.clear()?;
         let len = outputs * inputs;
-        let copies = (COLD / (2 * len) + 1).max(2);
-        let all = lab.output::<bf16>(copies * len)?.slice;
-        let piece = lab.bf16s(PIECE);
-        for start in (0..all.len()).step_by(PIECE) {
-            let part = all.range(start..(start + PIECE).min(all.len()));
-            lab.write(&piece[..part.len()], part)?;
-        }
-        let x = lab.upload(&piece)?;
-        for tokens in [1, 16, 64, 256, 512, 2048] {
-            if x.len() < tokens * inputs {
-                continue;
-            }
-            let out = lab.output::<bf16>(tokens * outputs)?.slice;
+        let copies = COLD / (2 * len) + 1;
+        let weights = random_matrix(lab, copies * len)?;
+        // The head is used for few positions only.
+        let most = if name == "lm_head" { 256 } else { 4096 };
+        let x = random_matrix(lab, most * inputs)?;
+        let out = lab.output::<bf16>(most * outputs)?.slice;
+        for tokens in TOKENS.into_iter().filter(|&tokens| tokens <= most) {
             let next = Cell::new(0);
             let time = lab.time(|stream| {
                 let at = next.replace((next.get() + 1) % copies) * len;
@@ -214,11 +210,13 @@ fn times(lab: &mut Lab, launch: Launch) -> Result<Vec<Report>, CudaError> {
                     outputs,
                     inputs,
                     x,
-                    weights: all.range(at..at + len),
+                    weights: weights.range(at..at + len),
+                    fresh_weights: false,
                     bias: None,
                     out: Output::Bf16(out),
                 };
-                launch(stream, &product)
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe { linear.launch(stream, &product) }
             })?;
             let mut report = lab.report(&format!("linear {name} x {tokens}"), &[], 0.0);
             report.time = Some(time);
@@ -230,4 +228,16 @@ fn times(lab: &mut Lab, launch: Launch) -> Result<Vec<Report>, CudaError> {
         }
     }
     Ok(reports)
+}
+
+/// Random numbers that repeat after some megabytes.
+fn random_matrix(lab: &mut Lab, len: usize) -> Result<Slice<bf16>, CudaError> {
+    const PIECE: usize = 1 << 22;
+    let piece = lab.bf16s(PIECE);
+    let all = lab.output::<bf16>(len)?.slice;
+    for start in (0..len).step_by(PIECE) {
+        let part = all.range(start..(start + PIECE).min(len));
+        lab.write(&piece[..part.len()], part)?;
+    }
+    Ok(all)
 }

@@ -7,6 +7,7 @@
 mod elementwise;
 mod lab;
 mod linear;
+mod packed;
 mod sampling;
 
 pub use lab::Report;
@@ -23,6 +24,9 @@ const CHECKS: &[(&str, Check)] = &[
     ("add_rms_norm", elementwise::add_rms_norm),
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
+    ("packed", packed::packed),
+    ("throughput: matrices", linear::throughput),
+    ("throughput: quantised", packed::throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),

@@ -281,3 +281,6 @@ fn size(name: &str, value: Option<u64>, max: u32) -> Result<usize, String> {
         Some(value) => Ok(value as usize),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -87,7 +87,7 @@ pub fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
 }
 
 /// Writes the model of a GGUF file as a Hugging Face directory without a tokenizer: `config.json` and
-/// `files` safetensors with numbers of type `dtype`, which may be F32, F16 or BF16.
+/// `files` safetensors with matrices of type `dtype`, which may be F32, F16 or BF16.
 ///
 /// # Panics
 /// When the model has no such form, or the directory can't be written.
@@ -99,10 +99,20 @@ pub fn convert_to_hf(gguf: &Gguf, dir: &TempDir, dtype: GgmlType, files: usize) 
     let mut builders = vec![SafetensorsBuilder::default(); files];
     let layers = config.layers;
     for tensor in gguf.tensors() {
-        let (layer, name) = hf_name(&tensor.name);
-        let values = in_halves(&config, tensor, floats(gguf, tensor));
+        let (layer, name) = hf_name(&tensor.name, &config);
+        let mut values = in_halves(&config, tensor, floats(gguf, tensor));
+        if config.post_norms && tensor.dims.len() == 1 {
+            // Gemma's norms are stored minus one.
+            values.iter_mut().for_each(|v| *v -= 1.0);
+        }
         let shape: Vec<u64> = tensor.dims.iter().rev().copied().collect();
         let file = layer.map_or(0, |layer| layer * files / layers);
+        // Vectors as they are: a float16 norm would be another norm.
+        let dtype = if shape.len() == 1 {
+            GgmlType::F32
+        } else {
+            dtype
+        };
         builders[file].tensor(&name, dtype.name(), &shape, &encode(dtype, &values));
     }
     if let [one] = &builders[..] {
@@ -120,9 +130,9 @@ pub fn convert_to_hf(gguf: &Gguf, dir: &TempDir, dtype: GgmlType, files: usize) 
 }
 
 fn config_json(c: &ModelConfig, tied: bool, dtype: GgmlType) -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": c.architecture,
+    let gemma = c.architecture == "gemma3";
+    let mut json = json!({
+        "model_type": if gemma { "gemma3_text" } else { &c.architecture },
         "num_hidden_layers": c.layers,
         "hidden_size": c.hidden,
         "intermediate_size": c.ffn,
@@ -132,7 +142,7 @@ fn config_json(c: &ModelConfig, tied: bool, dtype: GgmlType) -> Value {
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.context_len,
         "rms_norm_eps": c.norm_eps,
-        "hidden_act": "silu",
+        "hidden_act": if gemma { "gelu_pytorch_tanh" } else { "silu" },
         "rope_theta": c.rope.base,
         "tie_word_embeddings": tied,
         "torch_dtype": match dtype {
@@ -140,11 +150,24 @@ fn config_json(c: &ModelConfig, tied: bool, dtype: GgmlType) -> Value {
             GgmlType::F16 => "float16",
             _ => "bfloat16",
         },
-    })
+    });
+    if gemma {
+        json["query_pre_attn_scalar"] = json!(c.head_dim);
+    }
+    if let Some(local) = &c.local {
+        let kind = |local: &bool| match local {
+            true => "sliding_attention",
+            false => "full_attention",
+        };
+        json["sliding_window"] = json!(local.window);
+        json["rope_local_base_freq"] = json!(local.rope.base);
+        json["layer_types"] = local.layers.iter().map(kind).collect();
+    }
+    json
 }
 
 /// The tensor's layer and its name in a Hugging Face checkpoint.
-fn hf_name(name: &str) -> (Option<usize>, String) {
+fn hf_name(name: &str, config: &ModelConfig) -> (Option<usize>, String) {
     let whole = match name {
         "token_embd.weight" => Some("model.embed_tokens.weight"),
         "output_norm.weight" => Some("model.norm.weight"),
@@ -165,9 +188,16 @@ fn hf_name(name: &str) -> (Option<usize>, String) {
         "attn_q" => "self_attn.q_proj",
         "attn_k" => "self_attn.k_proj",
         "attn_v" => "self_attn.v_proj",
+        "attn_qkv" => "self_attn.qkv_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
         "attn_output" => "self_attn.o_proj",
+        "post_attention_norm" => "post_attention_layernorm",
+        "ffn_norm" if config.post_norms => "pre_feedforward_layernorm",
         "ffn_norm" => "post_attention_layernorm",
+        "post_ffw_norm" => "post_feedforward_layernorm",
         "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" if config.architecture == "phi3" => "mlp.gate_up_proj",
         "ffn_up" => "mlp.up_proj",
         "ffn_down" => "mlp.down_proj",
         other => panic!("no Hugging Face name for {other}"),

@@ -76,6 +76,14 @@ pub(super) fn gguf_files(name: &str) -> Vec<String> {
     }
 }
 
+/// What to call the model in a file: its name without the numbers and the extension.
+pub(super) fn stem(name: &str) -> &str {
+    match split(name) {
+        Some((stem, ..)) => stem,
+        None => name.rsplit_once('.').map_or(name, |(stem, _)| stem),
+    }
+}
+
 /// Takes `NAME-00002-of-00003.gguf` apart.
 fn split(name: &str) -> Option<(&str, u32, u32)> {
     let five_digits = |text: &str| {
@@ -98,6 +106,8 @@ mod tests {
             ["d/m-00001-of-00002.gguf", "d/m-00002-of-00002.gguf"]
         );
         assert_eq!(gguf_files("m-1-of-2.gguf"), ["m-1-of-2.gguf"]);
+        assert_eq!(stem("m-1.5-00001-of-00002.gguf"), "m-1.5");
+        assert_eq!((stem("m-1.5.gguf"), stem("m")), ("m-1.5", "m"));
         for (name, begins) in [
             ("m.gguf", true),
             ("m-00001-of-00003.gguf", true),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
+use super::directory::stem;
 use crate::settings::nearest;
 
 /// The model that is served when none is named.
@@ -122,11 +123,12 @@ impl Reference {
             Self::Path(_) | Self::Pip(_) => {
                 // A directory's real name: it may have been called `.` or through a link.
                 let directory = file.canonicalize().ok().filter(|path| path.is_dir());
-                let name = match &directory {
-                    Some(directory) => directory.file_name(),
-                    None => file.file_stem(),
-                };
-                name.unwrap_or_default().to_string_lossy().into_owned()
+                let name = directory.as_deref().unwrap_or(file).file_name();
+                let name = name.unwrap_or_default().to_string_lossy();
+                match directory {
+                    Some(_) => name.into_owned(),
+                    None => stem(&name).to_owned(),
+                }
             }
         }
     }

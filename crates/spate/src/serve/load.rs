@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_engine::{EngineConfig, SchedulerConfig};
 use spate_executor::{Capacity, Executor};
 use spate_model::Checkpoint;
@@ -18,7 +18,7 @@ use spate_server::{App, ServedModel};
 use super::text;
 use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
-use crate::settings::{self, Settings};
+use crate::settings::{self, KvCacheDtype, Settings};
 
 /// What the banner tells about the model.
 pub(crate) struct Summary {
@@ -124,7 +124,14 @@ fn load_executor(
     settings: &Settings,
     app: &App,
 ) -> Result<CpuExecutor> {
-    let config = CpuConfig {
+    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
+    let config = cpu_config(settings);
+    Ok(CpuExecutor::load(checkpoint, &config, &mut progress)?)
+}
+
+/// The settings of the CPU backend.
+pub(crate) fn cpu_config(settings: &Settings) -> CpuConfig {
+    CpuConfig {
         mode: match settings.cpu_mode {
             settings::CpuMode::Exact => CpuMode::Exact,
             settings::CpuMode::Fast => CpuMode::Fast,
@@ -132,12 +139,17 @@ fn load_executor(
         threads: settings.threads,
         block_size: settings.block_size,
         kv_cache_bytes: settings.kv_cache_memory,
+        kv_dtype: match settings.kv_cache_dtype {
+            KvCacheDtype::Auto => None,
+            KvCacheDtype::F32 => Some(KvDtype::F32),
+            KvCacheDtype::F16 => Some(KvDtype::F16),
+            KvCacheDtype::Bf16 => Some(KvDtype::Bf16),
+            KvCacheDtype::Int8 => Some(KvDtype::Int8),
+        },
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: settings.max_num_seqs,
         max_batch_tokens: settings.max_num_batched_tokens,
-    };
-    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
-    Ok(CpuExecutor::load(checkpoint, &config, &mut progress)?)
+    }
 }
 
 /// What was asked for, if the KV cache can hold it; otherwise what it can hold.

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use crate::settings::{Loaded, LogFormat, LogLevel, SettingFlags, Settings};
 use banner::Banner;
 use load::Summary;
+pub(crate) use load::cpu_config;
 use signals::Signals;
 
 /// How long clients have to read why the daemon failed.

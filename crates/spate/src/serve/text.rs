@@ -52,7 +52,17 @@ const TOKENIZER: &str = "tokenizer.json";
 fn of_gguf(gguf: &Gguf) -> Result<(Tokenizer, Option<TemplateSource>)> {
     let tokenizer = Tokenizer::from_vocab(super::vocab::vocab_spec(gguf.metadata())?)
         .context("the tokenizer in the GGUF file")?;
-    Ok((tokenizer, gguf.chat_template().map(TemplateSource::new)))
+    let template = match gguf.chat_template() {
+        None => None,
+        Some(default) => Some(TemplateSource {
+            default: default.to_owned(),
+            tool_use: gguf
+                .metadata()
+                .get_str("tokenizer.chat_template.tool_use")?
+                .map(str::to_owned),
+        }),
+    };
+    Ok((tokenizer, template))
 }
 
 fn of_directory(directory: &HfDirectory) -> Result<(Tokenizer, Option<TemplateSource>)> {

@@ -35,6 +35,7 @@ pub(crate) struct Settings {
     pub(crate) max_queue: u32,
     pub(crate) block_size: u32,
     pub(crate) kv_cache_memory: u64,
+    pub(crate) kv_cache_dtype: KvCacheDtype,
     pub(crate) enable_prefix_caching: bool,
     pub(crate) cpu_mode: CpuMode,
     pub(crate) threads: usize,
@@ -64,6 +65,7 @@ impl Default for Settings {
             max_queue: 1024,
             block_size: 16,
             kv_cache_memory: 1 << 30,
+            kv_cache_dtype: KvCacheDtype::Auto,
             enable_prefix_caching: true,
             cpu_mode: CpuMode::Fast,
             threads: 0,
@@ -100,6 +102,10 @@ macro_rules! choice {
     };
 }
 
+choice! {
+    /// How the numbers of the KV cache are stored.
+    KvCacheDtype { Auto = "auto", F32 = "f32", F16 = "f16", Bf16 = "bf16", Int8 = "int8" }
+}
 choice! {
     /// Where weights come from.
     LoadFormat { Auto = "auto", Dummy = "dummy" }

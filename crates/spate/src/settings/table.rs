@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::units::{
     exact_size, format_duration, parse_duration, parse_number, parse_size, parse_switch,
 };
-use super::{CpuMode, LoadFormat, LogFormat, LogLevel, Settings};
+use super::{CpuMode, KvCacheDtype, LoadFormat, LogFormat, LogLevel, Settings};
 
 /// One setting.
 pub(crate) struct Setting {
@@ -190,6 +190,14 @@ pub(crate) static SETTINGS: &[Setting] = &[
         is_list: false,
         set: |s, v| set(&mut s.kv_cache_memory, parse_size(v)),
         show: |s| exact_size(s.kv_cache_memory),
+    },
+    Setting {
+        flag: "kv-cache-dtype",
+        value: "TYPE",
+        help: "Numbers in the KV cache: f32, f16, bf16, int8 (half the memory of f16, a little less exact) or auto: f16, in exact mode f32",
+        is_list: false,
+        set: |s, v| set(&mut s.kv_cache_dtype, KvCacheDtype::parse(v)),
+        show: |s| s.kv_cache_dtype.name().into(),
     },
     Setting {
         flag: "enable-prefix-caching",

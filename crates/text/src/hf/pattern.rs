@@ -45,10 +45,9 @@ fn has_possessive(pattern: &str) -> bool {
         let was = std::mem::take(&mut after_quantifier);
         match c {
             '\\' => {
+                let takes_braces = chars.next().is_some_and(|c| "pPxu".contains(c));
                 // The braces of `\p{L}` repeat nothing.
-                if chars.next().is_some_and(|c| "pPxu".contains(c))
-                    && chars.as_str().starts_with('{')
-                {
+                if takes_braces && chars.as_str().starts_with('{') {
                     chars.find(|&c| c == '}');
                 }
             }
