@@ -93,12 +93,25 @@ __device__ __noinline__ void write_logprobs(Row raw, float highest, uint32_t tok
   __syncthreads();
 }
 
-// Adds a slot's biases and bans in place, one per thread; `undo` takes them back.
+// Adds a slot's biases and bans in place; `undo` takes them back.
 struct Edits {
+  static constexpr int BANS_PER_THREAD = MAX_BANS / THREADS;
+  static_assert(MAX_BIASES <= THREADS, "a thread has one bias");
+
   float* logits;
-  const Edit* edits;
+  const Edit* edits;  // biases, then bans
   uint32_t biases, bans;
-  float before_bias, before_ban;
+  float before_bias, before_ban[BANS_PER_THREAD];
+
+  // Calls f(logit, what it was before) for this thread's bans.
+  template <typename F>
+  __device__ __forceinline__ void for_each_ban(F f) {
+#pragma unroll
+    for (int i = 0; i < BANS_PER_THREAD; i++) {
+      const uint32_t ban = i * THREADS + threadIdx.x;
+      if (ban < bans) f(logits[edits[biases + ban].token], before_ban[i]);
+    }
+  }
 
   __device__ void apply() {
     if (threadIdx.x < biases) {
@@ -107,18 +120,15 @@ struct Edits {
       logits[e.token] = before_bias + e.bias;
     }
     __syncthreads();  // a token may be biased and banned
-    if (threadIdx.x < bans) {
-      const Edit e = edits[biases + threadIdx.x];
-      before_ban = logits[e.token];
-    }
+    for_each_ban([](float& logit, float& before) { before = logit; });
     __syncthreads();  // and banned twice
-    if (threadIdx.x < bans) logits[edits[biases + threadIdx.x].token] = -INFINITY;
+    for_each_ban([](float& logit, float&) { logit = -INFINITY; });
     __syncthreads();
   }
 
   __device__ void undo() {
     __syncthreads();
-    if (threadIdx.x < bans) logits[edits[biases + threadIdx.x].token] = before_ban;
+    for_each_ban([](float& logit, float& before) { logit = before; });
     __syncthreads();
     if (threadIdx.x < biases) logits[edits[threadIdx.x].token] = before_bias;
     __syncthreads();
@@ -169,8 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   uint16_t* const own_counts = p.has_penalties ? counts + size_t(want.slot) * vocab : nullptr;
   const uint32_t* mask = masks ? masks + size_t(index) * ((vocab + 31) / 32) : nullptr;
   const uint32_t bans = generated[want.slot] < p.min_tokens ? p.bans : 0;
-  Edits change{mine, edits + size_t(want.slot) * edit_stride, p.biases, bans, 0.f, 0.f};
-  // Bans come after all biases, whether they count or not.
+  Edits change{mine, edits + size_t(want.slot) * edit_stride, p.biases, bans, 0.f, {}};
   const bool edited = p.biases + bans > 0;
   if (edited) change.apply();
   const Row row{mine, vocab, own_counts, mask, &p};

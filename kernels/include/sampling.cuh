@@ -10,8 +10,8 @@ constexpr uint32_t MAX_VOCAB = 500000;
 // Most alternatives that logprobs name.
 constexpr int MAX_TOP = 32;
 
-// Most logit biases, and most banned ids, of one sequence: one for each thread.
-constexpr int MAX_EDITS = 1024;
+// Most logit biases, and most banned ids, of one sequence: one and two for each thread.
+constexpr int MAX_BIASES = 1024, MAX_BANS = 2048;
 
 // How a slot's sequence samples; written when it is bound.
 struct SlotParams {

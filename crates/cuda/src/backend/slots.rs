@@ -43,7 +43,7 @@ impl SlotSizes {
     pub(crate) fn bytes(&self) -> u64 {
         let Self { slots, vocab, .. } = *self;
         Arena::room_for::<SlotParams>(slots)
-            + Arena::room_for::<u64>(slots * 2 * MAX_EDITS)
+            + Arena::room_for::<u64>(slots * MAX_EDITS)
             + Arena::room_for::<u16>(slots * vocab)
             + 2 * Arena::room_for::<u32>(slots)
             + Arena::room_for::<u32>(slots * self.max_blocks)
@@ -63,7 +63,7 @@ impl Slots {
             host: (0..slots).map(|_| None).collect(),
             memory: SlotMemory {
                 params: arena.take(slots)?,
-                edits: arena.take(slots * 2 * MAX_EDITS)?,
+                edits: arena.take(slots * MAX_EDITS)?,
                 counts: arena.take(slots * vocab)?,
                 generated: arena.take(slots)?,
                 last: arena.take(slots)?,
@@ -117,7 +117,7 @@ impl Slots {
         let memory = &self.memory;
         let on_edits = memory
             .edits
-            .range(at * 2 * MAX_EDITS..at * 2 * MAX_EDITS + edits.len());
+            .range(at * MAX_EDITS..at * MAX_EDITS + edits.len());
         // SAFETY: these are pageable, so the driver has taken them when it returns; the arena
         // outlives the slots, and what the bind kernel is given is in range.
         unsafe {

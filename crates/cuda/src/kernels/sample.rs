@@ -11,8 +11,14 @@ pub const NONE: u32 = u32::MAX;
 /// Most alternatives that logprobs name.
 pub const MAX_TOP: usize = 32;
 
-/// Most logit biases, and most banned ids, of one sequence.
-pub const MAX_EDITS: usize = 1024;
+/// Most logit biases of one sequence.
+const MAX_BIASES: usize = 1024;
+
+/// Most tokens that min_tokens bans in one sequence.
+const MAX_BANS: usize = 2048;
+
+/// Room for the edits of one slot: biases, then bans.
+pub const MAX_EDITS: usize = MAX_BIASES + MAX_BANS;
 
 /// Widest logits.
 pub const MAX_VOCAB: usize = 500_000;
@@ -64,8 +70,8 @@ impl SlotParams {
         let (biases, bans) = (&params.logit_bias, &params.min_tokens_banned);
         let tops = params.logprobs.max(params.prompt_logprobs).unwrap_or(0);
         for (name, len, max) in [
-            ("logit biases", biases.len(), MAX_EDITS),
-            ("tokens banned by min_tokens", bans.len(), MAX_EDITS),
+            ("logit biases", biases.len(), MAX_BIASES),
+            ("tokens banned by min_tokens", bans.len(), MAX_BANS),
             ("alternatives in logprobs", tops as usize, MAX_TOP),
         ] {
             if len > max {
@@ -173,7 +179,7 @@ impl Chosen {
 pub struct SlotMemory {
     /// One per slot.
     pub params: Slice<SlotParams>,
-    /// [`MAX_EDITS`]` * 2` per slot: biases, then bans.
+    /// [`MAX_EDITS`] per slot: biases, then bans.
     pub edits: Slice<Edit>,
     /// `[slots, vocab]`: 0 for tokens never seen, else 1 + how often the token was sampled.
     pub counts: Slice<u16>,
@@ -247,7 +253,7 @@ impl Sample {
         assert!(tile.logits.len() >= n * tile.stride);
         assert!(tile.masks.is_empty() || tile.masks.len() >= n * vocab.div_ceil(32));
         assert!(tile.chosen.len() == 2 * n && tile.tops.len() == 2 * n * MAX_TOP);
-        assert!(slots.edits.len() >= slots.params.len() * 2 * MAX_EDITS);
+        assert!(slots.edits.len() >= slots.params.len() * MAX_EDITS);
         assert!(slots.counts.len() >= slots.params.len() * vocab);
         if n == 0 {
             return Ok(());
@@ -259,7 +265,7 @@ impl Sample {
             tile.wants,
             slots.params,
             slots.edits,
-            2 * MAX_EDITS as u32,
+            MAX_EDITS as u32,
             slots.counts,
             tile.masks,
             slots.generated,
@@ -359,7 +365,7 @@ mod tests {
         let error = SlotParams::new(&params, 0).unwrap_err().to_string();
         assert!(error.contains("33 alternatives"), "{error}");
         let params = SamplingParams {
-            logit_bias: (0..=MAX_EDITS as u32).map(|t| (t, 1.0)).collect(),
+            logit_bias: (0..=MAX_BIASES as u32).map(|t| (t, 1.0)).collect(),
             ..SamplingParams::default()
         };
         assert!(SlotParams::new(&params, 0).is_err());

@@ -30,7 +30,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
-    ("sample", sampling::sample),
+    ("sample small vocabularies", sampling::small),
+    ("sample large vocabularies", sampling::large),
     ("speed of the sampler", sampling::speed),
 ];
 

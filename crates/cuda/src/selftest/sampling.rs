@@ -43,10 +43,19 @@ pub(super) fn check_rows(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     Ok(vec![lab.report("check_rows", &errors, 0.0)])
 }
 
-pub(super) fn sample(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    sample(lab, "small", &[(3, 10), (1000, 30)])
+}
+
+pub(super) fn large(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    sample(lab, "large", &[(1000, 10), (32_001, 10), (151_936, 3)])
+}
+
+/// `sizes`: of the vocabulary, and how many cases of it.
+fn sample(lab: &mut Lab, name: &str, sizes: &[(usize, usize)]) -> Result<Vec<Report>, CudaError> {
     let kernel = Sample::load(lab.device())?;
     let (mut choices, mut logprobs) = (Vec::new(), Vec::new());
-    for (vocab, cases) in [(3, 10), (1000, 40), (32_001, 10), (151_936, 3)] {
+    for &(vocab, cases) in sizes {
         for _ in 0..cases {
             lab.clear()?;
             let mut case = Case::new(lab, vocab)?;
@@ -56,8 +65,8 @@ pub(super) fn sample(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         }
     }
     Ok(vec![
-        lab.report("sample: choices", &choices, 0.0),
-        lab.report("sample: logprobs", &logprobs, 2e-5),
+        lab.report(&format!("sample {name}: choices"), &choices, 0.0),
+        lab.report(&format!("sample {name}: logprobs"), &logprobs, 2e-5),
     ])
 }
 
@@ -89,7 +98,7 @@ impl Case {
         for i in 0..n {
             let (params, seed) = (random_params(lab, vocab), lab.random());
             let (slot, mut edits) = SlotParams::new(&params, seed)?;
-            edits.resize(2 * MAX_EDITS, Default::default());
+            edits.resize(MAX_EDITS, Default::default());
             on_params.push(slot);
             on_edits.extend(edits);
             let prompt: Vec<u32> = (0..lab.below(50))
@@ -261,7 +270,9 @@ fn random_params(lab: &mut Lab, vocab: usize) -> SamplingParams {
         logit_bias: biases,
         logprobs: lab.pick(&[None, Some(0), Some(5), Some(20)]),
         prompt_logprobs: lab.pick(&[None, Some(1), Some(20)]),
-        min_tokens_banned: (0..lab.below(3)).map(|_| lab.below(vocab) as u32).collect(),
+        min_tokens_banned: (0..lab.pick(&[0, 1, 2, 1500]))
+            .map(|_| lab.below(vocab) as u32)
+            .collect(),
         min_tokens: lab.below(3) as u32,
         ..SamplingParams::default()
     }
@@ -462,7 +473,7 @@ fn time_one(
     const VOCAB: usize = 128_256;
     lab.clear()?;
     let (slot, mut edits) = SlotParams::new(params, 7)?;
-    edits.resize(2 * MAX_EDITS, Default::default());
+    edits.resize(MAX_EDITS, Default::default());
     let mut row: Vec<f32> = (0..VOCAB).map(|_| 2.0 * lab.normal() as f32).collect();
     for i in 0..50 {
         row[i * 777] = 20.0 - i as f32 * 0.2; // a head such as a language model has
