@@ -266,6 +266,7 @@ impl Ops for CudaOps {
             inputs: matrix.cols,
             x: x.data,
             weights: matrix.weights,
+            fresh_weights: false,
             bias: matrix.bias,
             out: Output::Bf16(out.data),
         };
@@ -376,6 +377,7 @@ impl Ops for CudaOps {
             inputs: head.cols,
             x: self.picked,
             weights: head.weights,
+            fresh_weights: false,
             bias: head.bias,
             out: Output::F32(self.logits),
         };
