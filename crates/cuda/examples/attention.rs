@@ -374,7 +374,6 @@ impl<'a> Bench<'a> {
             Kind::Decode => self.attention.decode_work(&sequences, window, &mut work),
         }
         let step = AttentionStep {
-            sequences: self.upload(&sequences)?,
             tables: self.upload(&tables)?,
             work: self.upload(&work)?,
             works: self.upload(&[work.len() as u32])?,
@@ -722,7 +721,6 @@ fn time_one(
         Kind::Decode => Some(attention.take_scratch(&mut arena, work.len())?),
     };
     let step = AttentionStep {
-        sequences: arena.take(sequences.len())?,
         tables: arena.take(tables.len())?,
         work: arena.take(work.len())?,
         works: arena.take(1)?,
@@ -730,7 +728,6 @@ fn time_one(
     };
     // SAFETY: all is alive until `synchronize`.
     unsafe {
-        stream.upload(&sequences, step.sequences)?;
         stream.upload(&tables, step.tables)?;
         stream.upload(&work, step.work)?;
         stream.upload(&[work.len() as u32], step.works)?;
