@@ -9,8 +9,9 @@
 // its position, queries, keys, values and window alone: not on the batch, the grid, where blocks lie,
 // how the prompt was cut into chunks, nor on whether the token was prompt or generated.
 //
-// cache  a tensor map of all rows of head_dim elements, boxes of 64 x box_rows with the 128-byte swizzle;
-//        box_rows divides block_size and N and is a multiple of 16
+// cache  a tensor map of all keys and values: 64 elements, 8 rows, parts of 64 elements of a head, groups of 8
+//        rows; a box is box_rows rows with the 128-byte swizzle; box_rows divides block_size and N and is a
+//        multiple of 16
 // work   prefill: the tiles of query rows of every sequence, those with the most positions first;
 //        decode: every split that a sequence's query sees, neighbours in order
 //
@@ -51,7 +52,8 @@ struct Shape {
   // A row of head_dim elements is cut into parts of 64, the last filled up with zeros.
   static constexpr int PARTS = (HD + 63) / 64;
   static constexpr int Q_PART = 64 * SWIZZLE_ROW, Q_TILE = PARTS * Q_PART;
-  static constexpr int KV_PART = N * SWIZZLE_ROW, KV_TILE = PARTS * KV_PART;
+  // Of a tile of keys or values, 8 rows of a part lie together, then those of the next part.
+  static constexpr int GROUP_PART = 8 * SWIZZLE_ROW, GROUP = PARTS * GROUP_PART, KV_TILE = N / 8 * GROUP;
   static constexpr int KEYS_AT = CONSUMERS * Q_TILE;
   static constexpr int VALUES_AT = KEYS_AT + STAGES * KV_TILE;
   static constexpr int TOTALS_AT = VALUES_AT + STAGES * KV_TILE;
@@ -191,14 +193,11 @@ struct Attention {
 
   static constexpr int OUTSIDE = -256;  // TMA reads zeros there
 
-  // A lane loads one box: PARTS neighbouring lanes have the parts of the same positions.
-  __device__ __forceinline__ uint32_t box() const { return threadIdx.x % 32 / S::PARTS; }
-  __device__ __forceinline__ uint32_t part() const { return threadIdx.x % 32 % S::PARTS; }
-
-  // The row of the cache where this lane's box of keys begins.
+  // The row of the cache where this lane's box of keys begins: each lane loads one.
   __device__ __forceinline__ int cache_row(const Task& task, uint32_t tile) const {
-    const uint32_t position = tile * N + box() * box_rows, block_size = args.shape.block_size;
-    if (box() * box_rows >= N || position >= task.end) return OUTSIDE;
+    const uint32_t row = threadIdx.x % 32 * box_rows, position = tile * N + row;
+    const uint32_t block_size = args.shape.block_size;
+    if (row >= N || position >= task.end) return OUTSIDE;
     const uint32_t block = args.tables[task.work.table + position / block_size];
     return (((args.layer * args.shape.blocks + block) * 2) * args.shape.kv_heads + task.kv_head) * block_size +
            position % block_size;
@@ -209,9 +208,9 @@ struct Attention {
     barrier_wait(empty, parity ^ 1);
     if (threadIdx.x % 32 == 0) barrier_arrive_expect(full, S::KV_TILE);
     __syncwarp();
-    if (box() * box_rows < N) {
-      tma_load(to + part() * S::KV_PART + box() * box_rows * SWIZZLE_ROW, cache, part() * 64, row, full,
-               S::DECODE ? l2_evict_first() : l2_evict_normal());
+    const uint32_t box = threadIdx.x % 32 * box_rows / 8;
+    if (box < N / 8) {
+      tma_load_rows(to + box * S::GROUP, cache, row / 8, full, S::DECODE ? l2_evict_first() : l2_evict_normal());
     }
   }
 
@@ -223,30 +222,42 @@ struct Attention {
     while (more) {
       const Task task = take(round);
       more = task.end_tile != 0;
+      // A lane finds two rows for all, and has them brought to L2 while the work before is still running.
+      uint32_t rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        rows[i] = find_query(task, consumer * 64 + i * 32 + threadIdx.x % 32);
+        for (uint32_t element = 0; element < HD && rows[i] != NOWHERE; element += 64) {
+          prefetch_l2(args.q + rows[i] + element);
+        }
+      }
       barrier_wait(queries_empty(consumer), ring.parity ^ 1);
       ring.advance();
       if (threadIdx.x % 32 == 0) shared_task(consumer) = task;
-      if (more) copy_queries(task, consumer);
+      if (more) copy_queries(rows, consumer);
       shared_to_async_fence();
       barrier_arrive(queries_full(consumer));
     }
   }
 
+  static constexpr uint32_t NOWHERE = 0xffffffffu;
+
+  // First element of a row's query.
+  __device__ __forceinline__ uint32_t find_query(const Task& task, uint32_t row) const {
+    const uint32_t r = task.first_row + row, token = r / args.group;
+    const uint32_t head = task.kv_head * args.group + r % args.group;
+    return token < task.work.tokens ? (task.work.token + token) * args.q_stride + head * HD : NOWHERE;
+  }
+
   // Rows without a token become zero.
-  __device__ __forceinline__ void copy_queries(const Task& task, int consumer) const {
-    constexpr uint32_t PIECES = HD / VEC, NOWHERE = 0xffffffffu;
-    const uint32_t lane = threadIdx.x % 32;
+  __device__ __forceinline__ void copy_queries(const uint32_t (&rows)[2], int consumer) const {
+    constexpr uint32_t PIECES = HD / VEC;
 #pragma unroll
-    for (uint32_t half = 0; half < 64; half += 32) {
-      // A lane finds one row for all.
-      const uint32_t r = task.first_row + consumer * 64 + half + lane, token = r / args.group;
-      const uint32_t head = task.kv_head * args.group + r % args.group;
-      const uint32_t mine =
-          token < task.work.tokens ? (task.work.token + token) * args.q_stride + head * HD : NOWHERE;
+    for (int half = 0; half < 2; half++) {
 #pragma unroll 8
-      for (uint32_t i = lane; i < 32 * PIECES; i += 32) {
-        const uint32_t row = half + i / PIECES, piece = i % PIECES;
-        const uint32_t from = __shfl_sync(0xffffffffu, mine, i / PIECES);
+      for (uint32_t i = threadIdx.x % 32; i < 32 * PIECES; i += 32) {
+        const uint32_t row = half * 32 + i / PIECES, piece = i % PIECES;
+        const uint32_t from = __shfl_sync(0xffffffffu, rows[half], i / PIECES);
         const uint32_t to = piece / 8 * S::Q_PART + row * SWIZZLE_ROW + (piece % 8 ^ row % 8) * 16;
         copy_async(queries(consumer) + to, args.q + (from == NOWHERE ? 0 : from + piece * VEC), from != NOWHERE);
       }
@@ -284,7 +295,7 @@ struct Attention {
 #pragma unroll
     for (int k = 0; k < HD / WGMMA_K; k++) {
       const uint64_t q = wgmma_tile(queries(consumer) + k / 4 * S::Q_PART) + k % 4 * WGMMA_NEXT_K;
-      const uint64_t key = wgmma_tile(keys(stage) + k / 4 * S::KV_PART) + k % 4 * WGMMA_NEXT_K;
+      const uint64_t key = keys_tile(keys(stage) + k / 4 * S::GROUP_PART, S::GROUP) + k % 4 * WGMMA_NEXT_K;
       Wgmma<N>::run(rows.scores, q, key, k != 0);
     }
     wgmma_commit();
@@ -292,10 +303,10 @@ struct Attention {
 
   __device__ __forceinline__ void multiply_values(Rows& rows, int stage, bool accumulate) const {
     wgmma_fence();
-    const uint64_t value = values_tile(values(stage), S::KV_PART);
+    const uint64_t value = values_tile(values(stage), S::GROUP_PART, S::GROUP);
 #pragma unroll
     for (int k = 0; k < N / WGMMA_K; k++) {
-      WgmmaValues<HD>::run(rows.out, rows.weights + 4 * k, value + k * VALUES_NEXT_K, accumulate || k != 0);
+      WgmmaValues<HD>::run(rows.out, rows.weights + 4 * k, value + k * (2 * S::GROUP / 16), accumulate || k != 0);
     }
     wgmma_commit();
   }
@@ -325,8 +336,8 @@ struct Attention {
     const uint32_t count = (box_rows - rows % box_rows) * S::PARTS * 8;
     for (uint32_t i = threadIdx.x % 128; i < count; i += 128) {
       const uint32_t row = rows + i / (S::PARTS * 8), piece = i % (S::PARTS * 8);
-      uint8_t* const to = shared_pointer + S::VALUES_AT + stage * S::KV_TILE + piece / 8 * S::KV_PART +
-                          row * SWIZZLE_ROW + piece % 8 * 16;
+      uint8_t* const to = shared_pointer + S::VALUES_AT + stage * S::KV_TILE + row / 8 * S::GROUP +
+                          piece / 8 * S::GROUP_PART + row % 8 * SWIZZLE_ROW + piece % 8 * 16;
       *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
     shared_to_async_fence();
@@ -361,6 +372,7 @@ struct Attention {
     wgmma_wait<0>();
     wgmma_keep(rows.scores);
     release(keys_empty(ring.stage));
+    if (task.first_tile + 1 == task.end_tile) release(queries_empty(consumer));
     weigh(rows, weights, task.first_tile, change);
     pack_weights(rows);
     Ring<STAGES> before = ring;
@@ -376,6 +388,7 @@ struct Attention {
       wgmma_wait<1>();
       wgmma_keep(rows.scores);
       release(keys_empty(ring.stage));
+      if (tile + 1 == task.end_tile) release(queries_empty(consumer));
       const bool anew = !S::DECODE && tile % S::TILES_PER_SPLIT == 0;
       const Weights so_far = weights;
       if (anew) weights = Weights();
@@ -395,7 +408,6 @@ struct Attention {
       before = ring;
       ring.advance();
     }
-    release(queries_empty(consumer));
     barrier_wait(values_full(before.stage), before.parity);
     clear_values(task, consumer, before.stage);
     multiply_values(rows, before.stage, !first);
@@ -462,7 +474,44 @@ struct Attention {
         rows.out[4 * i + 3] = merged(t.w, rows.out[4 * i + 3], before[1], after[1]);
       }
     }
-    store(task, rows, total, consumer);
+    store_rows(task, rows, total, consumer);
+  }
+
+  // Writes a warp's 16 rows by way of the part of shared memory that held its threads' totals: 512 bytes in
+  // every 2048. There rows lie one after another, their pieces permuted against bank conflicts.
+  __device__ __forceinline__ void store_rows(const Task& task, const Rows& rows, const float2 (&total)[2],
+                                             int consumer) const {
+    constexpr uint32_t PIECES = HD / VEC, PER_CHUNK = 512 / (2 * HD);
+    const uint32_t warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    uint8_t* const chunks = shared_pointer + S::TOTALS_AT + consumer * 64 * HD * 4 + warp * 512;
+    const auto place = [&](uint32_t row, uint32_t piece) {
+      return chunks + row / PER_CHUNK * 2048 + row % PER_CHUNK * (2 * HD) + (piece ^ (row & (HD % 64 ? 3 : 7))) * 16;
+    };
+    __syncwarp();  // totals have been read
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float inverse = 1.f / total[half].y;
+#pragma unroll
+      for (int j = 0; j < HD / 8; j++) {
+        *reinterpret_cast<uint32_t*>(place(lane / 4 + half * 8, j) + lane % 4 * 4) =
+            pack_bf16(rows.out[4 * j + 2 * half] * inverse, rows.out[4 * j + 2 * half + 1] * inverse);
+      }
+    }
+    __syncwarp();
+    // A lane finds the place of one row for all.
+    const uint32_t r = task.first_row + consumer * 64 + warp * 16 + lane % 16, token = r / args.group;
+    const uint32_t head = task.kv_head * args.group + r % args.group;
+    const uint32_t heads = args.shape.kv_heads * args.group;
+    const uint32_t mine =
+        token < task.work.tokens ? ((task.work.token + token) * heads + head) * HD : NOWHERE;
+#pragma unroll
+    for (uint32_t i = lane; i < 16 * PIECES; i += 32) {
+      const uint32_t row = i / PIECES, piece = i % PIECES, to = __shfl_sync(0xffffffffu, mine, row);
+      if (to != NOWHERE) {
+        *reinterpret_cast<uint4*>(args.out + to + piece * VEC) = *reinterpret_cast<const uint4*>(place(row, piece));
+      }
+    }
+    __syncwarp();  // before the next work's totals
   }
 
   __device__ __forceinline__ void store(const Task& task, const Rows& rows, const float2 (&total)[2], int consumer) const {

@@ -25,34 +25,34 @@ unsafe impl Parameter for TensorMap {
 }
 
 impl TensorMap {
-    /// A row-major matrix of rows of `columns` elements, copied in boxes of `box_columns` x `box_rows` in
-    /// which the 16-byte pieces of a row are permuted so that wgmma reads without bank conflicts (the
-    /// 128-byte swizzle). What lies outside the matrix is read as zero.
+    /// A tensor of up to five dimensions, the first of them contiguous, which is copied in boxes with the
+    /// 128-byte swizzle: the 16-byte pieces of a row of 128 bytes are permuted so that wgmma reads without
+    /// bank conflicts. `pitches` are the bytes from one index to the next of the second dimension and the
+    /// following ones. What lies outside the tensor is read as zero.
     ///
     /// # Errors
     /// When the sizes are not possible.
-    pub fn swizzled(
-        matrix: Slice<bf16>,
-        columns: u32,
-        box_columns: u32,
-        box_rows: u32,
+    pub fn swizzled<const DIMENSIONS: usize>(
+        data: Slice<bf16>,
+        sizes: [u64; DIMENSIONS],
+        pitches: &[u64],
+        box_sizes: [u32; DIMENSIONS],
     ) -> Result<Self, CudaError> {
-        let rows = (matrix.len() / columns as usize) as u64;
-        let (sizes, pitch) = ([u64::from(columns), rows], [u64::from(columns) * 2]);
-        let (boxes, steps) = ([box_columns, box_rows], [1, 1]);
+        assert_eq!(pitches.len() + 1, DIMENSIONS);
+        let steps = [1; DIMENSIONS];
         // SAFETY: all zeros is a value of this C struct.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointers are to live locals of as many dimensions as are said; the matrix' address
+        // SAFETY: the pointers are to live memory of as many dimensions as are said; the tensor's address
         // is only noted.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
-                matrix.address() as *mut c_void,
+                DIMENSIONS as u32,
+                data.address() as *mut c_void,
                 sizes.as_ptr(),
-                pitch.as_ptr(),
-                boxes.as_ptr(),
+                pitches.as_ptr(),
+                box_sizes.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
@@ -60,7 +60,7 @@ impl TensorMap {
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         }
-        .check("describing a matrix for block copies")?;
+        .check("describing a tensor for block copies")?;
         Ok(Self(map))
     }
 }
