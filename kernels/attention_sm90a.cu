@@ -28,10 +28,7 @@
 
 constexpr int STAGES = 2;
 // A decode step of one long sequence wants short splits, to spread over the SMs; prefill wants few merges.
-#ifndef ATTENTION_SPLIT
-#define ATTENTION_SPLIT 1024
-#endif
-constexpr uint32_t SPLIT = ATTENTION_SPLIT;
+constexpr uint32_t SPLIT = 1024;
 
 // Work of one key/value head, with what follows from it.
 struct Task {
@@ -137,7 +134,7 @@ struct Attention {
     }
     for (int consumer = 0; consumer < S::CONSUMERS; consumer++) {
       barrier_init(queries_full(consumer), 32);
-      barrier_init(queries_empty(consumer), 4);
+      barrier_init(queries_empty(consumer), 128);  // every thread has read the task
     }
     barrier_init_fence();
   }
@@ -329,19 +326,19 @@ struct Attention {
   }
 
   // Values behind the end are another sequence's: even a weight of 0 would not silence a NaN. Whole boxes
-  // there are zero already. Each consumer clears the rest for itself.
-  __device__ __forceinline__ void clear_values(const Task& task, int consumer, int stage) const {
+  // there are zero already; all consumers together clear the rest of the last one.
+  __device__ __forceinline__ void clear_values(const Task& task, int stage) const {
     const uint32_t rows = task.end - (task.end_tile - 1) * N;
     if (rows >= N || rows % box_rows == 0) return;
     const uint32_t count = (box_rows - rows % box_rows) * S::PARTS * 8;
-    for (uint32_t i = threadIdx.x % 128; i < count; i += 128) {
+    for (uint32_t i = threadIdx.x - 128; i < count; i += 128 * S::CONSUMERS) {
       const uint32_t row = rows + i / (S::PARTS * 8), piece = i % (S::PARTS * 8);
       uint8_t* const to = shared_pointer + S::VALUES_AT + stage * S::KV_TILE + row / 8 * S::GROUP +
                           piece / 8 * S::GROUP_PART + row % 8 * SWIZZLE_ROW + piece % 8 * 16;
       *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
     shared_to_async_fence();
-    warpgroup_barrier(consumer);
+    asm volatile("bar.sync 5, %0;" ::"n"(128 * S::CONSUMERS) : "memory");
   }
 
   __device__ __forceinline__ void consume(int consumer) const {
@@ -372,7 +369,7 @@ struct Attention {
     wgmma_wait<0>();
     wgmma_keep(rows.scores);
     release(keys_empty(ring.stage));
-    if (task.first_tile + 1 == task.end_tile) release(queries_empty(consumer));
+    if (task.first_tile + 1 == task.end_tile) barrier_arrive(queries_empty(consumer));
     weigh(rows, weights, task.first_tile, change);
     pack_weights(rows);
     Ring<STAGES> before = ring;
@@ -388,7 +385,7 @@ struct Attention {
       wgmma_wait<1>();
       wgmma_keep(rows.scores);
       release(keys_empty(ring.stage));
-      if (tile + 1 == task.end_tile) release(queries_empty(consumer));
+      if (tile + 1 == task.end_tile) barrier_arrive(queries_empty(consumer));
       const bool anew = !S::DECODE && tile % S::TILES_PER_SPLIT == 0;
       const Weights so_far = weights;
       if (anew) weights = Weights();
@@ -409,7 +406,7 @@ struct Attention {
       ring.advance();
     }
     barrier_wait(values_full(before.stage), before.parity);
-    clear_values(task, consumer, before.stage);
+    clear_values(task, before.stage);
     multiply_values(rows, before.stage, !first);
     wgmma_wait<0>();
     wgmma_keep(rows.out);
