@@ -16,6 +16,9 @@ use zip::write::SimpleFileOptions;
 /// A source that is out of reach may cost 3 s; the rest is for a busy machine.
 const OUT_OF_REACH: Duration = Duration::from_secs(6);
 
+/// Names and contents of a wheel's files.
+type Members<'a> = &'a [(&'a str, &'a [u8])];
+
 /// A home of its own with a `python3` that runs `script` where pip would run, with the requirement
 /// in `$requirement` and the target directory in `$dest`.
 struct Home {
@@ -44,11 +47,11 @@ impl Home {
     }
 
     /// A fake pip that delivers `<package>.whl` of the home directory.
-    fn delivering(members: &[(&str, &[(&str, &[u8])])]) -> Self {
+    fn delivering(wheels: &[(&str, Members)]) -> Self {
         let home = Self::new(
             "echo 'Collecting it'\necho '  Downloading it.whl (1 kB)'\ncp \"$home/${requirement%%==*}.whl\" \"$dest/\"",
         );
-        for (package, members) in members {
+        for (package, members) in wheels {
             let file =
                 std::fs::File::create(home.scratch.path().join(format!("{package}.whl"))).unwrap();
             let mut zip = ZipWriter::new(file);
@@ -290,14 +293,15 @@ fn answer(mut stream: &TcpStream, files: &[(&str, &[u8])], token: Option<&str>) 
             .collect();
         let json = format!("{{\"sha\":\"c0ffee\",\"siblings\":[{}]}}", names.join(","));
         ("200 OK", String::new(), json.into_bytes())
-    } else if let Some((_, data)) = files.iter().find(|(name, _)| Some(*name) == file) {
+    } else if let Some(i) = files.iter().position(|(name, _)| Some(*name) == file) {
+        let data = files[i].1;
         let (from, to) = header("range")?.strip_prefix("bytes=")?.split_once('-')?;
         let (from, to) = (
             from.parse::<usize>().ok()?,
             to.parse().unwrap_or(data.len() - 1),
         );
         let extra = format!(
-            "ETag: \"e7a6\"\r\nX-Repo-Commit: c0ffee\r\nContent-Range: bytes {from}-{to}/{}\r\n",
+            "ETag: \"e7a6{i}\"\r\nX-Repo-Commit: c0ffee\r\nContent-Range: bytes {from}-{to}/{}\r\n",
             data.len()
         );
         ("206 Partial Content", extra, data[from..=to].to_vec())
@@ -400,4 +404,119 @@ fn a_hub_that_never_answers_costs_three_seconds() {
         "{output:?}"
     );
     assert!(start.elapsed() < OUT_OF_REACH, "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_hub_model_of_several_gguf_files_comes_whole() {
+    let home = Home::new("exit 1");
+    let hub = fake_hub(
+        &[
+            ("m-00001-of-00002.gguf", b"GGUF 1"),
+            ("m-00002-of-00002.gguf", b"GGUF 2"),
+        ],
+        None,
+    );
+    let mut command = home.command(&["pull", "hf:o/r"]);
+    let path = pulled(&command.env("HF_ENDPOINT", &hub).output().unwrap());
+    assert_eq!(path.file_name().unwrap(), "m-00001-of-00002.gguf");
+    assert_eq!(std::fs::read(&path).unwrap(), b"GGUF 1");
+    let second = path.with_file_name("m-00002-of-00002.gguf");
+    assert_eq!(std::fs::read(second).unwrap(), b"GGUF 2");
+    assert_eq!(pulled(&home.run(&["pull", "hf:o/r"])), path);
+    let listed = String::from_utf8(home.run(&["models"]).stdout).unwrap();
+    assert!(
+        listed.lines().count() == 1 && listed.contains("12 B"),
+        "{listed}"
+    );
+}
+
+#[test]
+fn a_hub_model_of_safetensors_is_a_directory() {
+    let home = Home::new("exit 1");
+    let hub = fake_hub(
+        &[
+            ("README.md", b"x"),
+            ("config.json", b"{}"),
+            ("tokenizer.json", b"{ }"),
+            ("model.safetensors.index.json", b"[]"),
+            ("model-00001-of-00002.safetensors", b"first"),
+            ("model-00002-of-00002.safetensors", b"second"),
+            ("consolidated.safetensors", b"the same again"),
+            ("pytorch_model.bin", b"pickled"),
+        ],
+        None,
+    );
+    let mut command = home.command(&["pull", "hf:o/r"]);
+    let path = pulled(&command.env("HF_ENDPOINT", &hub).output().unwrap());
+    let mut names: Vec<String> = std::fs::read_dir(&path)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+        ]
+    );
+    let second = path.join("model-00002-of-00002.safetensors");
+    assert_eq!(std::fs::read(second).unwrap(), b"second");
+    // From now on without the hub.
+    assert_eq!(pulled(&home.run(&["pull", "hf:o/r"])), path);
+    let listed = String::from_utf8(home.run(&["models"]).stdout).unwrap();
+    assert!(
+        listed.lines().count() == 1 && listed.contains("18 B"),
+        "{listed}"
+    );
+
+    let nothing = fake_hub(&[("config.json", b"{}"), ("pytorch_model.bin", b"x")], None);
+    let mut command = home.command(&["pull", "hf:o/r@main:x.gguf"]);
+    command.env("HF_ENDPOINT", &nothing);
+    assert!(complaint(&command.output().unwrap()).contains("the download of x.gguf failed"));
+    let other = Home::new("exit 1");
+    let mut command = other.command(&["pull", "hf:o/r"]);
+    command.env("HF_ENDPOINT", &nothing);
+    let refused = complaint(&command.output().unwrap());
+    assert!(refused.contains("neither a .gguf file nor"), "{refused}");
+}
+
+#[test]
+fn a_directory_is_its_only_model_file() {
+    let home = Home::new("exit 1");
+    let file = home.scratch.write("models/a.gguf", b"GGUF");
+    let directory = file.parent().unwrap().to_str().unwrap();
+    assert_eq!(pulled(&home.run(&["pull", directory])), file);
+    // A link that leads nowhere is no model.
+    std::os::unix::fs::symlink("/does/not/exist", file.with_file_name("b.gguf")).unwrap();
+    assert_eq!(pulled(&home.run(&["pull", directory])), file);
+    home.scratch.write("models/c.gguf", b"GGUF");
+    assert!(complaint(&home.run(&["pull", directory])).contains("holds 2 .gguf files; name one"));
+    assert!(complaint(&home.run(&["pull", "./nowhere"])).contains("no model at ./nowhere"));
+}
+
+#[test]
+fn a_directory_of_safetensors_is_a_model() {
+    let home = Home::new("exit 1");
+    let config = home.scratch.write("models/config.json", b"{}");
+    let directory = config.parent().unwrap().to_str().unwrap();
+    // Random weights need no more.
+    assert_eq!(
+        pulled(&home.run(&["pull", directory])),
+        config.parent().unwrap()
+    );
+    let gguf = home.scratch.write("models/m-00001-of-00002.gguf", b"GGUF");
+    home.scratch.write("models/m-00002-of-00002.gguf", b"GGUF");
+    assert_eq!(pulled(&home.run(&["pull", directory])), gguf);
+    home.scratch.write("models/model.safetensors", b"x");
+    assert_eq!(
+        pulled(&home.run(&["pull", directory])),
+        config.parent().unwrap()
+    );
+    let empty = home.scratch.write("empty/x", b"");
+    let empty = empty.parent().unwrap().to_str().unwrap();
+    assert!(complaint(&home.run(&["pull", empty])).contains("neither a config.json nor"));
 }

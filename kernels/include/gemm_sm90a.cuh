@@ -7,9 +7,14 @@
 // it for all.
 //
 // Every output element is one float32 accumulator to which wgmma adds the products of 16 consecutive
-// k at a time, in the order of k. Neither the tile shape nor the number of rows changes its bits.
+// k at a time, in the order of k: no split along k. Neither the tile, nor which operand is A, nor the
+// number of rows changes its bits. (Seen on the H100: mma.sync gives the same bits, too.)
 //
-// Out-of-range rows and columns: TMA reads them as zero and doesn't write them.
+// Rows and columns out of range: TMA reads them as zero and doesn't write them.
+//
+// What bounds a step of 64 k, in cycles: the tensor cores, WARPGROUPS BN 2; shared memory at 128 bytes a
+// cycle, WARPGROUPS (64 + BN) for wgmma to read and BM + BN for TMA to write. 128 x 256: 1024, 1024;
+// 128 x 192: 768, 832; 128 x 128: 512, 640; 64 x 128: 256, 384.
 #pragma once
 
 #include "ptx.cuh"
@@ -48,9 +53,12 @@ struct GemmShape {
   static constexpr int BK = SLICES * SWIZZLE_K;
   static constexpr int A_SLICE = BM * SWIZZLE_ROW, B_SLICE = BN * SWIZZLE_ROW;
   static constexpr int STAGE = SLICES * (A_SLICE + B_SLICE);
-  // Output goes through shared memory in boxes of 64 outputs (128 bytes) times a number of tokens.
+  // Output goes through shared memory in boxes of 64 outputs, or 32 where 64 don't divide BN, times a
+  // number of tokens. A row of a box is as long as its swizzle pattern: 128 or 64 bytes.
+  static constexpr int BOX_OUTPUTS = WEIGHTS == Weights::A || BN % 64 == 0 ? 64 : 32;
   static constexpr int BOX_TOKENS = WEIGHTS == Weights::A ? BN : 64;
-  static constexpr int BOX = BOX_TOKENS * SWIZZLE_ROW;
+  static constexpr int BOX_ROW = 2 * BOX_OUTPUTS;
+  static constexpr int BOX = BOX_TOKENS * BOX_ROW;
   static constexpr int BOXES = WEIGHTS == Weights::A ? 1 : 2;
   static constexpr int BOXES_AT = STAGES * STAGE;
   static constexpr int BARRIERS_AT = BOXES_AT + WARPGROUPS * BOXES * BOX;
@@ -106,6 +114,15 @@ struct Gemm {
     int a, b;
   };
 
+  // A tile of A wholly out of range, which the cluster's last block can get, is not loaded: TMA takes
+  // longer to write zeros than to read data. What its rows of shared memory hold is of no consequence.
+  __device__ __forceinline__ uint32_t stage_bytes(const Tile& tile) const {
+    return Shape::STAGE - (has_a(tile) ? 0 : Shape::SLICES * Shape::A_SLICE);
+  }
+  __device__ __forceinline__ bool has_a(const Tile& tile) const {
+    return Shape::CLUSTER == 1 || tile.a < args.rows_a;
+  }
+
   __device__ __forceinline__ Tile tile(int index) const {
     const int per_group = args.group * tiles_b, first = index / per_group * args.group;
     const int rows = min(args.group, tiles_a - first), rest = index % per_group;
@@ -132,6 +149,7 @@ struct Gemm {
 
   __device__ __forceinline__ void load_a(const Tile& tile, int step, int stage,
                                          uint64_t policy) const {
+    if (!has_a(tile)) return;
 #pragma unroll
     for (int slice = 0; slice < Shape::SLICES; slice++) {
       tma_load(a_slice(stage, slice), args.a, step * Shape::BK + slice * SWIZZLE_K, tile.a,
@@ -166,7 +184,7 @@ struct Gemm {
     int ahead = min(Shape::STAGES, steps);
     const Tile first = tile(first_tile());
     for (int step = 0; step < ahead; step++) {
-      barrier_arrive_expect(full(step), Shape::STAGE);
+      barrier_arrive_expect(full(step), stage_bytes(first));
       WEIGHTS_ARE_A ? load_a(first, step, step, once) : load_b(first, step, step, once);
     }
     wait_for_previous();
@@ -178,7 +196,7 @@ struct Gemm {
       const Tile here = tile(index);
       for (int step = ahead; step < steps; step++) {
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
-        barrier_arrive_expect(full(ring.stage), Shape::STAGE);
+        barrier_arrive_expect(full(ring.stage), stage_bytes(here));
         load_a(here, step, ring.stage, once);
         load_b(here, step, ring.stage, keep);
         ring.advance();
@@ -196,6 +214,22 @@ struct Gemm {
     }
   }
 
+  __device__ __forceinline__ void multiply(int warpgroup, int stage, bool first,
+                                           float (&acc)[Shape::BN / 2]) const {
+    wgmma_fence();
+#pragma unroll
+    for (int slice = 0; slice < Shape::SLICES; slice++) {
+      const uint64_t a = wgmma_tile(a_slice(stage, slice) + warpgroup * 64 * SWIZZLE_ROW);
+      const uint64_t b = wgmma_tile(b_slice(stage, slice));
+#pragma unroll
+      for (int i = 0; i < SWIZZLE_K / WGMMA_K; i++) {
+        Wgmma<Shape::BN>::run(acc, a + i * WGMMA_NEXT_K, b + i * WGMMA_NEXT_K,
+                              !first || slice + i > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
   __device__ __forceinline__ void consume(int warpgroup) const {
     RingPosition<Shape::STAGES> ring;
     float acc[Shape::BN / 2];
@@ -203,19 +237,8 @@ struct Gemm {
       int previous = -1;
       for (int step = 0; step < steps; step++) {
         barrier_wait(full(ring.stage), ring.parity);
-        wgmma_fence();
-#pragma unroll
-        for (int slice = 0; slice < Shape::SLICES; slice++) {
-          const uint64_t a =
-              wgmma_tile(a_slice(ring.stage, slice) + warpgroup * 64 * SWIZZLE_ROW);
-          const uint64_t b = wgmma_tile(b_slice(ring.stage, slice));
-#pragma unroll
-          for (int i = 0; i < SWIZZLE_K / WGMMA_K; i++) {
-            Wgmma<Shape::BN>::run(acc, a + i * WGMMA_NEXT_K, b + i * WGMMA_NEXT_K,
-                                  step | slice | i);
-          }
-        }
-        wgmma_commit();
+        multiply(warpgroup, ring.stage, step == 0, acc);
+        // The next step is queued before this one has ended: the tensor cores never wait.
         wgmma_wait<1>();
         if (previous >= 0) release(previous);
         previous = ring.stage;
@@ -224,8 +247,7 @@ struct Gemm {
       wgmma_wait<0>();
       release(previous);
       wgmma_keep(acc);
-      const Tile here = tile(index);
-      store(warpgroup, here, acc);
+      store(warpgroup, tile(index), acc);
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
   }
@@ -274,9 +296,11 @@ struct Gemm {
     }
   }
 
-  // Byte offset of the 16-byte piece `piece` of row `row` in a box.
+  // Byte offset of the 16-byte piece `piece` of row `row` in a box: the number of the 128-byte line,
+  // modulo the pieces of a row, is added without carry to the piece's.
   static __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
-    return row * SWIZZLE_ROW + ((piece ^ (row % 8)) * 16);
+    constexpr int PIECES = Shape::BOX_ROW / 16, LINE = 128 / Shape::BOX_ROW;
+    return row * Shape::BOX_ROW + ((piece ^ (row / LINE % PIECES)) * 16);
   }
 
   // Accumulators 8 i .. 8 i + 7 of a warp are four 8 x 8 matrices, rows 0 and 8 at columns 16 i and
@@ -299,18 +323,18 @@ struct Gemm {
     return shared + Shape::BOXES_AT + (warpgroup * Shape::BOXES + index) * Shape::BOX;
   }
 
-  // Tokens are rows: boxes of 64 x 64, two in flight.
+  // Tokens are rows: boxes of 64 tokens, two in flight.
   __device__ __forceinline__ void store_boxes(int warpgroup, const Tile& here,
                                               float (&acc)[Shape::BN / 2]) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     const int row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int column = 0; column < Shape::BN; column += 64) {
-      const uint32_t to = box(warpgroup, column / 64 % Shape::BOXES);
+    for (int column = 0; column < Shape::BN; column += Shape::BOX_OUTPUTS) {
+      const uint32_t to = box(warpgroup, column / Shape::BOX_OUTPUTS % Shape::BOXES);
       if (threadIdx.x % 128 == 0) tma_store_wait_read<Shape::BOXES - 1>();
       warpgroup_barrier(warpgroup);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < Shape::BOX_OUTPUTS / 16; i++) {
         store_matrices(to + swizzled(row, 2 * i + lane / 16), acc + column / 2 + 8 * i);
       }
       shared_to_async_fence();

@@ -8,12 +8,26 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 struct Sum {
   template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+  template <typename T>
+  __device__ __forceinline__ static T identity() {
+    return T(0);
+  }
 };
 
+// Of unsigned numbers or of floats.
 struct Max {
   template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+  template <typename T>
+  __device__ __forceinline__ static T identity() {
+    if constexpr (T(-1) < T(0)) return -INFINITY;
+    else return T(0);
+  }
 };
 
 // Over groups of `lanes` neighbouring lanes (a power of two); every lane gets the result. All lanes
@@ -26,16 +40,24 @@ __device__ __forceinline__ T reduce_lanes(T value, Op op, int lanes = WARP) {
   return value;
 }
 
-// Over a block of whole warps; every thread gets the result. `scratch` has room for one value per
-// warp and may be used again at once: both ends are barriers.
+// Each lane gets the sum of its own value and those of all lanes before it.
+template <typename T>
+__device__ __forceinline__ T prefix_sum_lanes(T value) {
+  for (int distance = 1; distance < WARP; distance *= 2) {
+    const T before = __shfl_up_sync(ALL_LANES, value, distance);
+    if (threadIdx.x % WARP >= distance) value += before;
+  }
+  return value;
+}
+
+// Over a block of whole warps; every thread gets the result. `scratch` has room for WARP values and
+// may be used again at once.
 template <typename Op, typename T>
 __device__ __forceinline__ T reduce_block(T value, Op op, T* scratch) {
-  const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   value = reduce_lanes(value, op);
   __syncthreads();
-  if (threadIdx.x % WARP == 0) scratch[warp] = value;
+  if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  T total = scratch[0];
-  for (int i = 1; i < warps; i++) total = op(total, scratch[i]);
-  return total;
+  return reduce_lanes(lane < warps ? scratch[lane] : Op::template identity<T>(), op);
 }

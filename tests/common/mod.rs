@@ -95,10 +95,19 @@ impl Daemon {
     }
 
     pub(crate) fn start_on(port: u16, extra: &[&str]) -> Self {
+        Self::start_all(model(), port, extra)
+    }
+
+    /// Any model on a free port.
+    pub(crate) fn start_with(model: &Path, extra: &[&str]) -> Self {
+        Self::start_all(model, 0, extra)
+    }
+
+    fn start_all(model: &Path, port: u16, extra: &[&str]) -> Self {
         let mut child = Command::new(SPATE)
             .args([
                 "serve",
-                model().to_str().unwrap(),
+                model.to_str().unwrap(),
                 "--port",
                 &port.to_string(),
             ])

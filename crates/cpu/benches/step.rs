@@ -1,15 +1,16 @@
 //! Whole steps of a real model: load time, prompt and decode speed, memory.
 //!
-//! `SPATE_TEST_MODEL=model.gguf cargo bench -p spate-cpu --bench step [-- exact]`
+//! `SPATE_TEST_MODEL=model.gguf cargo bench -p spate-cpu --bench step [-- exact] [f32|f16|bf16|int8]`
+//! (the latter for the KV cache).
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
 use spate_model::Gguf;
-use spate_types::{BlockId, SamplingParams, Slot};
+use spate_types::{BlockId, LocalBlocks, SamplingParams, Slot};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -34,6 +35,7 @@ fn main() -> Result<()> {
         threads: 0,
         block_size: 32,
         kv_cache_bytes: 512 << 20,
+        kv_dtype: std::env::args().find_map(|arg| kv_dtype(&arg)),
         max_seq_len: 0,
         slots: 64,
         max_batch_tokens: 512,
@@ -41,6 +43,7 @@ fn main() -> Result<()> {
     let start = Instant::now();
     let mut executor = CpuExecutor::load(&gguf, &config, &mut |_| {})?;
     println!("load          {:8.1} ms", millis(start.elapsed()));
+    println!("resident      {:8.1} MB", memory("VmRSS:")? / 1e6);
     for (what, bytes) in executor.memory_budget() {
         println!("{what:13} {:8.1} MB", bytes as f64 / 1e6);
     }
@@ -67,7 +70,8 @@ fn main() -> Result<()> {
             millis(time)
         );
     }
-    println!("resident      {:8.1} MB", resident()? / 1e6);
+    println!("resident      {:8.1} MB", memory("VmRSS:")? / 1e6);
+    println!("at most       {:8.1} MB", memory("VmHWM:")? / 1e6);
     Ok(())
 }
 
@@ -97,14 +101,20 @@ fn row(slot: u32, start: u32, input: Input) -> Row {
         input,
         // Room for 1024 positions each.
         blocks: Arc::new((slot * 32..(slot + 1) * 32).map(BlockId).collect()),
+        local: LocalBlocks::default(),
         sample: true,
         prompt_logprobs: false,
     }
 }
 
 fn step(executor: &mut CpuExecutor, rows: Vec<Row>) -> Result<Duration> {
-    let copies = Vec::new();
-    executor.submit(Lane::Main, Batch { copies, rows })?;
+    executor.submit(
+        Lane::Main,
+        Batch {
+            rows,
+            ..Batch::default()
+        },
+    )?;
     let done = executor.wait(Instant::now() + Duration::from_secs(600))?;
     Ok(done.ok_or("a step takes too long")?.busy)
 }
@@ -132,13 +142,23 @@ fn decodes(executor: &mut CpuExecutor, slots: u32, position: u32) -> Result<Dura
     Ok(time)
 }
 
-/// Resident memory in bytes (Linux).
-fn resident() -> Result<f64> {
+fn kv_dtype(name: &str) -> Option<KvDtype> {
+    match name {
+        "f32" => Some(KvDtype::F32),
+        "f16" => Some(KvDtype::F16),
+        "bf16" => Some(KvDtype::Bf16),
+        "int8" => Some(KvDtype::Int8),
+        _ => None,
+    }
+}
+
+/// A field of the process's status, in bytes (Linux).
+fn memory(field: &str) -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib: f64 = line
         .and_then(|line| line.trim().strip_suffix(" kB"))
-        .ok_or("no VmRSS")?
+        .ok_or("no such field")?
         .parse()?;
     Ok(kib * 1024.0)
 }

@@ -1,17 +1,22 @@
 //! Paged causal attention with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //!
-//! A query meets the tiles of its sequence one by one from position 0 on. All arithmetic of a query
-//! is its own: sharing a loaded tile between queries, cutting a prompt into chunks, batching and
-//! block placement change the order of nothing, so they change no bit.
+//! A query meets the tiles of its sequence one by one, from the one that holds the first position it
+//! may see. All arithmetic of a query is its own: sharing a loaded tile between queries, cutting a
+//! prompt into chunks, batching and block placement change the order of nothing, so they change no
+//! bit.
 //!
 //! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
+//! Scales of int8 keys multiply the scores, those of int8 values the weights.
+//!
+//! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
+//! the instruction set and so not inlined.
 
-use spate_types::BlockId;
+use std::ops::Range;
 
-use crate::kv::{HeadPool, KvShape, TILE};
-use crate::linear::{Column, F32x16, Kernel, Lanes};
+use crate::kv::{HeadPool, KvLine, KvShape, Pages, TILE, Tile};
+use crate::linear::{F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
 
@@ -26,7 +31,7 @@ const MAX_LINES: usize = MAX_HEAD_DIM / TILE;
 pub(crate) struct Attention<'a, C> {
     pub(crate) shape: &'a KvShape,
     pub(crate) kv: &'a HeadPool<C>,
-    pub(crate) blocks: &'a [BlockId],
+    pub(crate) pages: Pages<'a>,
     /// `[tokens of the step, heads * head_dim]`
     pub(crate) queries: &'a [f32],
     /// As `queries`; this work writes the elements of its own tokens and heads only.
@@ -41,6 +46,8 @@ pub(crate) struct Attention<'a, C> {
     pub(crate) head: usize,
     pub(crate) group: usize,
     pub(crate) scale: f32,
+    /// Positions that a query sees, its own included.
+    pub(crate) window: usize,
 }
 
 /// `N` queries on their way through the tiles.
@@ -53,7 +60,7 @@ struct Queries<const N: usize> {
     acc: [[F32x16; N]; MAX_LINES],
 }
 
-impl<C: Column> Kernel for Attention<'_, C> {
+impl<C: KvLine> Kernel for Attention<'_, C> {
     #[inline(always)]
     fn run<V: Lanes>(self, v: V) {
         let count = self.tokens * self.group;
@@ -70,7 +77,7 @@ impl<C: Column> Kernel for Attention<'_, C> {
     }
 }
 
-impl<C: Column> Attention<'_, C> {
+impl<C: KvLine> Attention<'_, C> {
     /// Where query `i` lies in `queries` and `out`.
     #[inline(always)]
     fn offset(&self, i: usize) -> usize {
@@ -95,16 +102,25 @@ impl<C: Column> Attention<'_, C> {
             }
         }
         let position = |n: usize| self.position + (first + n) / self.group;
-        for start in (0..=position(N - 1)).step_by(TILE) {
-            let (keys, values) = self.kv.tile(self.shape, self.blocks, start);
+        let oldest = |n: usize| (position(n) + 1).saturating_sub(self.window);
+        let first_tile = oldest(0) / TILE * TILE;
+        for start in (first_tile..=position(N - 1)).step_by(TILE) {
+            let (keys, values) = self.kv.tile(self.shape, self.pages, start);
             let scores = queries.scores(v, keys);
-            // How much of the tile each query may see.
-            let seen = std::array::from_fn(|n| (position(n) + 1).saturating_sub(start).min(TILE));
-            let weights = queries.weights(v, dim / TILE, scores, seen);
-            if seen[0] == TILE {
-                queries.add(v, values, dim / TILE, &weights);
+            // What each query may see of the tile.
+            let seen = std::array::from_fn(|n| {
+                let end = (position(n) + 1).saturating_sub(start).min(TILE);
+                oldest(n).saturating_sub(start).min(end)..end
+            });
+            let mut weights = queries.weights(v, dim / TILE, scores, &seen);
+            if let Some(scales) = values.scales {
+                let positions = weights.iter_mut().zip(scales.0);
+                positions.for_each(|(weights, s)| weights.iter_mut().for_each(|w| *w *= s));
+            }
+            if seen[0].end == TILE && seen[N - 1].start == 0 {
+                queries.add(v, values.lines, dim / TILE, &weights);
             } else {
-                queries.add_seen(v, values, dim / TILE, &weights, seen);
+                queries.add_seen(v, values.lines, dim / TILE, &weights, &seen);
             }
         }
         for n in 0..N {
@@ -122,12 +138,18 @@ impl<C: Column> Attention<'_, C> {
 
 impl<const N: usize> Queries<N> {
     #[inline(always)]
-    fn scores<V: Lanes, C: Column>(&self, v: V, keys: &[C]) -> [V::F; N] {
+    fn scores<V: Lanes, C: KvLine>(&self, v: V, keys: Tile<'_, C>) -> [V::F; N] {
         let mut scores = [v.splat(0.0); N];
-        for (key, q) in keys.iter().zip(&self.q) {
+        for (key, q) in keys.lines.iter().zip(&self.q) {
             let key = key.load(v);
             for n in 0..N {
                 scores[n] = v.mul_add(v.splat(q[n]), key, scores[n]);
+            }
+        }
+        if let Some(scales) = keys.scales {
+            let scales = v.load(scales);
+            for score in &mut scores {
+                *score = v.mul(*score, scales);
             }
         }
         scores
@@ -140,17 +162,18 @@ impl<const N: usize> Queries<N> {
         v: V,
         lines: usize,
         scores: [V::F; N],
-        seen: [usize; N],
+        seen: &[Range<usize>; N],
     ) -> [[f32; N]; TILE] {
         let mut weights = [[0.0; N]; TILE];
         for n in 0..N {
-            if seen[n] == 0 {
+            if seen[n].is_empty() {
                 continue;
             }
             let mut scores = v.store(scores[n]).0;
-            if seen[n] < TILE {
-                // What lies behind the query may be another sequence's leftovers.
-                scores[seen[n]..].fill(f32::NEG_INFINITY);
+            if seen[n] != (0..TILE) {
+                // What lies outside may be another sequence's leftovers.
+                scores[..seen[n].start].fill(f32::NEG_INFINITY);
+                scores[seen[n].end..].fill(f32::NEG_INFINITY);
             }
             let max = fold(&scores, f32::max).max(self.max[n]);
             if max != self.max[n] {
@@ -161,9 +184,11 @@ impl<const N: usize> Queries<N> {
                 }
                 self.max[n] = max;
             }
-            let own = scores.map(|score| exp(score - max));
-            self.sum[n] += fold(&own, |a, b| a + b);
-            for (weights, own) in weights.iter_mut().zip(own) {
+            for score in &mut scores {
+                *score = exp(*score - max);
+            }
+            self.sum[n] += fold(&scores, |a, b| a + b);
+            for (weights, own) in weights.iter_mut().zip(scores) {
                 weights[n] = own;
             }
         }
@@ -172,7 +197,7 @@ impl<const N: usize> Queries<N> {
 
     /// Adds the weighted values of a tile that all queries see.
     #[inline(always)]
-    fn add<V: Lanes, C: Column>(
+    fn add<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
         values: &[C],
@@ -180,7 +205,10 @@ impl<const N: usize> Queries<N> {
         weights: &[[f32; N]; TILE],
     ) {
         for (line, acc) in self.acc[..lines].iter_mut().enumerate() {
-            let mut sums: [V::F; N] = std::array::from_fn(|n| v.load(&acc[n]));
+            let mut sums = [v.splat(0.0); N];
+            for n in 0..N {
+                sums[n] = v.load(&acc[n]);
+            }
             let column = values[line..].iter().step_by(lines);
             for (value, weights) in column.zip(weights) {
                 let value = value.load(v);
@@ -188,24 +216,27 @@ impl<const N: usize> Queries<N> {
                     sums[n] = v.mul_add(v.splat(weights[n]), value, sums[n]);
                 }
             }
-            *acc = sums.map(|sum| v.store(sum));
+            for n in 0..N {
+                acc[n] = v.store(sums[n]);
+            }
         }
     }
 
-    /// The same for a tile at the end of what they see. A weight of 0 is not enough there: leftovers
+    /// The same for a tile at an end of what they see. A weight of 0 is not enough there: leftovers
     /// may be infinite.
     #[inline(always)]
-    fn add_seen<V: Lanes, C: Column>(
+    fn add_seen<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
         values: &[C],
         lines: usize,
         weights: &[[f32; N]; TILE],
-        seen: [usize; N],
+        seen: &[Range<usize>; N],
     ) {
         for n in 0..N {
+            let seen = seen[n].clone();
             let positions = values.chunks_exact(lines).zip(weights);
-            for (values, weights) in positions.take(seen[n]) {
+            for (values, weights) in positions.take(seen.end).skip(seen.start) {
                 for (acc, value) in self.acc.iter_mut().zip(values) {
                     let sum = v.mul_add(v.splat(weights[n]), value.load(v), v.load(&acc[n]));
                     acc[n] = v.store(sum);
@@ -218,7 +249,11 @@ impl<const N: usize> Queries<N> {
 /// Halves against halves: a fixed order that takes few steps.
 #[inline(always)]
 fn fold(values: &[f32; TILE], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|i| f(values[i], values[i + 8]));
-    let four: [f32; 4] = std::array::from_fn(|i| f(eight[i], eight[i + 4]));
-    f(f(four[0], four[2]), f(four[1], four[3]))
+    let mut values = *values;
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            values[i] = f(values[i], values[i + half]);
+        }
+    }
+    values[0]
 }

@@ -6,29 +6,28 @@ use std::time::Instant;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
 };
-use spate_model::{Gguf, LoadError, ModelConfig, Transformer, Weights, rope_factors};
+use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
 
-use crate::kv::{KvCache, KvPool, KvShape, TILE};
+use crate::kv::{KvCache, KvDtype, KvPlan};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
-use crate::rope;
+use crate::rope::Ropes;
 use crate::slots::SlotState;
 use crate::step::Step;
 use crate::weights::{CpuLoader, Matrix};
-use crate::{CpuError, MAX_HEAD_DIM, ThreadPool};
+use crate::{CpuError, ThreadPool};
 
 /// Batches that may wait for their completion.
 const DEPTH: u32 = 2;
 
-const MAX_BLOCK_SIZE: usize = 1024;
-
 /// How numbers are represented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CpuMode {
-    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32. The oracle.
+    /// Float32 everywhere: weights are dequantised at load, the KV cache is float32 if no other was asked for. The oracle.
     Exact,
-    /// Weights stay quantised and meet int8 activations, the KV cache is float16.
+    /// Weights stay quantised and meet int8 activations, the KV cache is float16 if no
+    /// other was asked for.
     Fast,
 }
 
@@ -43,12 +42,23 @@ pub struct CpuConfig {
     pub block_size: u32,
     /// Size of the KV pool.
     pub kv_cache_bytes: u64,
+    /// How its numbers are stored; by default as wide as the mode computes.
+    pub kv_dtype: Option<KvDtype>,
     /// Most positions in one sequence; 0 takes the model's context length.
     pub max_seq_len: u32,
     /// Sequences that can be alive at once.
     pub slots: u32,
     /// Most input tokens in one step.
     pub max_batch_tokens: u32,
+}
+
+impl CpuConfig {
+    pub(crate) fn kv_dtype(&self) -> KvDtype {
+        self.kv_dtype.unwrap_or(match self.mode {
+            CpuMode::Exact => KvDtype::F32,
+            CpuMode::Fast => KvDtype::F16,
+        })
+    }
 }
 
 /// Runs a model on the CPU: one step thread, which takes batches in order, and a pool that shares
@@ -76,39 +86,35 @@ impl CpuExecutor {
     /// # Errors
     /// When the file, the settings or the system don't allow it; the message says which.
     pub fn load(
-        gguf: &Gguf,
+        checkpoint: &dyn Checkpoint,
         config: &CpuConfig,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, CpuError> {
-        let model = ModelConfig::from_gguf(gguf)?;
-        let shape = kv_shape(&model, config)?;
-        let capacity = capacity(&model, config, &shape)?;
+        let model = checkpoint.config()?;
+        let max_seq_len = max_seq_len(&model, config)?;
+        let kv_plan = KvPlan::new(&model, config, max_seq_len)?;
+        let capacity = capacity(&model, config, max_seq_len, &kv_plan)?;
         let pool = ThreadPool::new(config.threads).map_err(CpuError::Thread)?;
         let loader = CpuLoader::new(config.mode)?;
-        let weights = Weights::load(gguf, &model, &loader, pool.threads(), progress);
+        let weights = Weights::load(checkpoint, &model, &loader, pool.threads(), progress);
         let weights = weights.map_err(|e| match e {
             LoadError::Model(e) => CpuError::Model(e),
             LoadError::Backend(e) => CpuError::Quant(e),
         })?;
-        let factors = rope_factors(gguf, &model)?;
-        let rates = rope::rates(&model.rope, factors.as_deref());
-        let (kv, elem) = match config.mode {
-            CpuMode::Exact => (KvCache::F32(KvPool::new(shape)?), size_of::<f32>()),
-            CpuMode::Fast => (KvCache::F16(KvPool::new(shape)?), size_of::<u16>()),
-        };
+        let ropes = Ropes::new(&model, max_seq_len as usize);
+        let kv = KvCache::new(&kv_plan)?;
         let tokens = config.max_batch_tokens as usize;
-        let mut ops = CpuOps::new(pool, &model, kv, config.slots as usize, tokens)?;
+        let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", shape.block_bytes(elem) * shape.blocks as u64),
+            ("KV cache", kv_plan.bytes()),
             ("activations", ops.activation_bytes()),
         ];
         let worker = Worker {
             ops,
             transformer,
-            rates,
             step: Step::default(),
         };
         Self::start(capacity, budget, worker)
@@ -217,8 +223,6 @@ impl Drop for CpuExecutor {
 struct Worker {
     ops: CpuOps,
     transformer: Transformer<CpuOps>,
-    /// Radians per position of each rotated pair.
-    rates: Vec<f64>,
     step: Step,
 }
 
@@ -255,14 +259,18 @@ impl Worker {
 
     fn step(&mut self, mut batch: Batch) -> Result<Vec<RowOutput>, CpuError> {
         for copy in batch.copies.drain(..) {
-            self.ops.copy_block(copy);
+            self.ops.copy_block(copy, false);
+        }
+        for copy in batch.local_copies.drain(..) {
+            self.ops.copy_block(copy, true);
         }
         for row in &mut batch.rows {
             if let Some(bind) = row.bind.take() {
                 self.ops.slots[row.slot.0 as usize] = Some(SlotState::new(bind));
             }
         }
-        self.step.fill(&batch, &self.ops.slots, &self.rates);
+        self.step
+            .fill(&batch, &self.ops.slots, &self.ops.ropes.rotations);
         let layers = 0..self.transformer.config().layers;
         self.transformer
             .forward(&mut self.ops, &mut self.step, layers)?;
@@ -276,57 +284,24 @@ fn message(panic: &(dyn std::any::Any + Send)) -> &str {
     text.unwrap_or("no message")
 }
 
-fn kv_shape(model: &ModelConfig, config: &CpuConfig) -> Result<KvShape, CpuError> {
-    let (block_size, tile) = (config.block_size as usize, TILE);
-    if !(tile..=MAX_BLOCK_SIZE).contains(&block_size) || !block_size.is_multiple_of(tile) {
-        return Err(CpuError::Config(format!(
-            "block size {block_size} is not a multiple of {tile} up to {MAX_BLOCK_SIZE}"
-        )));
+/// The longest sequence.
+pub(crate) fn max_seq_len(model: &ModelConfig, config: &CpuConfig) -> Result<u32, CpuError> {
+    let context = model.context_len as u32;
+    match config.max_seq_len {
+        0 => Ok(context),
+        len if len <= context => Ok(len),
+        len => Err(CpuError::Config(format!(
+            "a sequence length of {len} is more than the model's context of {context}"
+        ))),
     }
-    let head_dim = model.head_dim;
-    if !head_dim.is_multiple_of(tile) || head_dim > MAX_HEAD_DIM {
-        return Err(CpuError::Config(format!(
-            "the CPU backend needs heads of a multiple of {tile} up to {MAX_HEAD_DIM}; the model's have {head_dim}"
-        )));
-    }
-    let mut shape = KvShape {
-        layers: model.layers,
-        kv_heads: model.kv_heads,
-        head_dim,
-        blocks: 0,
-        block_size,
-    };
-    let elem = match config.mode {
-        CpuMode::Exact => size_of::<f32>(),
-        CpuMode::Fast => size_of::<u16>(),
-    };
-    let blocks = config.kv_cache_bytes / shape.block_bytes(elem);
-    shape.blocks = blocks.min(u32::MAX.into()) as usize;
-    if shape.blocks == 0 {
-        return Err(CpuError::Config(format!(
-            "a KV cache of {} bytes has no room for one block of {block_size} tokens ({} bytes)",
-            config.kv_cache_bytes,
-            shape.block_bytes(elem)
-        )));
-    }
-    Ok(shape)
 }
 
 fn capacity(
     model: &ModelConfig,
     config: &CpuConfig,
-    shape: &KvShape,
+    max_seq_len: u32,
+    kv: &KvPlan,
 ) -> Result<Capacity, CpuError> {
-    let context = model.context_len as u32;
-    let max_seq_len = match config.max_seq_len {
-        0 => context,
-        len if len <= context => len,
-        len => {
-            return Err(CpuError::Config(format!(
-                "a sequence length of {len} is more than the model's context of {context}"
-            )));
-        }
-    };
     for (name, value) in [
         ("slots", config.slots),
         ("max_batch_tokens", config.max_batch_tokens),
@@ -337,8 +312,9 @@ fn capacity(
     }
     Ok(Capacity {
         slots: config.slots,
-        blocks: shape.blocks as u32,
+        blocks: kv.main.blocks as u32,
         block_size: config.block_size,
+        local: kv.local(),
         max_batch_tokens: config.max_batch_tokens,
         max_seq_len,
         vocab_size: model.vocab_size as u32,

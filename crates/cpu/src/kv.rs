@@ -3,23 +3,30 @@
 //! A block is cut into tiles of [`TILE`] positions. Attention meets a sequence tile by tile from
 //! position 0 on, so where its blocks lie in the pool, and how large a block is, changes nothing.
 //! In a tile, keys lie transposed — one line per element of the head, one lane per position — so
-//! that sixteen scores come out of one register; values lie one position after another.
+//! that sixteen scores come out of one register; values lie one position after another. Of int8
+//! numbers a tile also has a line of key scales and one of value scales, one lane per position.
 
-use std::alloc::{Layout, alloc_zeroed};
+mod line;
+mod pages;
+mod plan;
 
 use spate_executor::BlockCopy;
 use spate_types::BlockId;
 
 use crate::CpuError;
-use crate::linear::{Column, F16x16, F32x16};
+use crate::linear::{Bf16x16, F16x16, F32x16, I8x16};
+pub use line::KvDtype;
+pub(crate) use line::KvLine;
+use line::int8_scale;
+use pages::ZeroPages;
+pub(crate) use plan::KvPlan;
 
 /// Positions in a tile: the lanes of a register.
 pub(crate) const TILE: usize = 16;
 
-/// Sizes of the cache.
+/// Sizes of one layer's cache.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KvShape {
-    pub(crate) layers: usize,
     pub(crate) kv_heads: usize,
     /// A multiple of [`TILE`].
     pub(crate) head_dim: usize,
@@ -29,9 +36,10 @@ pub(crate) struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block, keys and values of all layers, at `elem` bytes per number.
-    pub(crate) fn block_bytes(&self, elem: usize) -> u64 {
-        2 * (self.layers * self.kv_heads * self.head_dim * self.block_size * elem) as u64
+    /// Bytes of one block, keys and values.
+    pub(crate) fn block_bytes(&self, dtype: KvDtype) -> u64 {
+        let vector = dtype.vector_bytes(self.head_dim);
+        2 * (self.kv_heads * self.block_size * vector) as u64
     }
 
     /// Lines of a tile's keys, or of its values.
@@ -39,141 +47,215 @@ impl KvShape {
         self.head_dim
     }
 
-    /// Lines of a block's keys (or values) of one head in one layer.
-    fn block_lines(&self) -> usize {
-        self.block_size / TILE * self.tile_lines()
+    /// Tiles of a block.
+    fn block_tiles(&self) -> usize {
+        self.block_size / TILE
     }
 
-    /// First line of the tile that holds `position`.
-    fn tile_start(&self, blocks: &[BlockId], position: usize) -> usize {
-        let block = blocks[position / self.block_size].0 as usize;
-        let tile = position % self.block_size / TILE;
-        block * self.block_lines() + tile * self.tile_lines()
+    /// The tile that holds `position`.
+    fn tile(&self, pages: Pages<'_>, position: usize) -> usize {
+        let block = pages.blocks[position / self.block_size - pages.first].0 as usize;
+        block * self.block_tiles() + position % self.block_size / TILE
     }
 }
 
-/// The cache, with numbers of the width that the mode asks for.
+/// A sequence's blocks in one pool, from block `first` of the sequence on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pages<'a> {
+    pub(crate) first: usize,
+    pub(crate) blocks: &'a [BlockId],
+}
+
+/// The cache, with numbers of one kind.
 pub(crate) enum KvCache {
     F32(KvPool<F32x16>),
     F16(KvPool<F16x16>),
+    Bf16(KvPool<Bf16x16>),
+    Int8(KvPool<I8x16>),
 }
 
 /// A cache of one kind of line.
 pub(crate) struct KvPool<C> {
+    layers: Vec<KvLayer<C>>,
+}
+
+/// All blocks of one layer.
+pub(crate) struct KvLayer<C> {
     pub(crate) shape: KvShape,
-    /// `[layers][kv_heads]`
-    layers: Vec<Vec<HeadPool<C>>>,
+    /// Whether its blocks are of the local pool.
+    pub(crate) local: bool,
+    pub(crate) heads: Vec<HeadPool<C>>,
 }
 
 /// All blocks of one head in one layer.
 pub(crate) struct HeadPool<C> {
-    keys: Box<[C]>,
-    values: Box<[C]>,
+    keys: Vectors<C>,
+    values: Vectors<C>,
+}
+
+/// The keys, or the values.
+struct Vectors<C> {
+    lines: ZeroPages<C>,
+    /// One line per tile if the numbers are scaled, otherwise none.
+    scales: ZeroPages<F32x16>,
+}
+
+/// The keys or the values of sixteen positions.
+pub(crate) struct Tile<'a, C> {
+    /// `[element][position]` of keys, `[position][element]` of values.
+    pub(crate) lines: &'a [C],
+    /// What the numbers of each position are multiplied with.
+    pub(crate) scales: Option<&'a F32x16>,
 }
 
 impl KvCache {
-    pub(crate) fn copy(&mut self, copy: BlockCopy) {
-        match self {
-            KvCache::F32(pool) => pool.copy(copy),
-            KvCache::F16(pool) => pool.copy(copy),
-        }
-    }
-}
-
-impl<C: Column> KvPool<C> {
-    /// Reserves the whole pool. Pages that no sequence has touched yet cost nothing.
-    pub(crate) fn new(shape: KvShape) -> Result<Self, CpuError> {
-        let lines = shape.blocks * shape.block_lines();
-        let head = || {
-            Ok(HeadPool {
-                keys: zeroed(lines)?,
-                values: zeroed(lines)?,
-            })
-        };
-        let layer = || (0..shape.kv_heads).map(|_| head()).collect();
-        let layers = (0..shape.layers).map(|_| layer());
-        Ok(Self {
-            shape,
-            layers: layers.collect::<Result<_, CpuError>>()?,
+    /// Reserves all pools.
+    pub(crate) fn new(plan: &KvPlan) -> Result<Self, CpuError> {
+        let layers = plan.layers();
+        Ok(match plan.dtype {
+            KvDtype::F32 => KvCache::F32(KvPool::new(layers)?),
+            KvDtype::F16 => KvCache::F16(KvPool::new(layers)?),
+            KvDtype::Bf16 => KvCache::Bf16(KvPool::new(layers)?),
+            KvDtype::Int8 => KvCache::Int8(KvPool::new(layers)?),
         })
     }
 
-    pub(crate) fn layer(&self, layer: usize) -> &[HeadPool<C>] {
-        &self.layers[layer]
-    }
-
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut [HeadPool<C>] {
-        &mut self.layers[layer]
-    }
-
-    fn copy(&mut self, copy: BlockCopy) {
-        let len = self.shape.block_lines();
-        let (src, dst) = (copy.src.0 as usize * len, copy.dst.0 as usize * len);
-        for head in self.layers.iter_mut().flatten() {
-            head.keys.copy_within(src..src + len, dst);
-            head.values.copy_within(src..src + len, dst);
+    /// Copies a block in every layer of the local pool, or of the main one.
+    pub(crate) fn copy(&mut self, copy: BlockCopy, local: bool) {
+        match self {
+            KvCache::F32(pool) => pool.copy(copy, local),
+            KvCache::F16(pool) => pool.copy(copy, local),
+            KvCache::Bf16(pool) => pool.copy(copy, local),
+            KvCache::Int8(pool) => pool.copy(copy, local),
         }
     }
 }
 
-impl<C: Column> HeadPool<C> {
+impl<C: KvLine> KvPool<C> {
+    /// Reserves all blocks of layers with these shapes, in the local pool or not. Pages that no
+    /// sequence has touched yet cost nothing.
+    pub(crate) fn new(layers: impl Iterator<Item = (KvShape, bool)>) -> Result<Self, CpuError> {
+        let layers = layers.map(|(shape, local)| {
+            let head = |_| {
+                Ok(HeadPool {
+                    keys: Vectors::new(&shape)?,
+                    values: Vectors::new(&shape)?,
+                })
+            };
+            let heads = (0..shape.kv_heads).map(head);
+            Ok(KvLayer {
+                shape,
+                local,
+                heads: heads.collect::<Result<_, CpuError>>()?,
+            })
+        });
+        let layers = layers.collect::<Result<_, CpuError>>()?;
+        Ok(Self { layers })
+    }
+
+    pub(crate) fn layer(&self, layer: usize) -> &KvLayer<C> {
+        &self.layers[layer]
+    }
+
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut KvLayer<C> {
+        &mut self.layers[layer]
+    }
+
+    fn copy(&mut self, copy: BlockCopy, local: bool) {
+        for layer in self.layers.iter_mut().filter(|l| l.local == local) {
+            for head in &mut layer.heads {
+                head.keys.copy(&layer.shape, copy);
+                head.values.copy(&layer.shape, copy);
+            }
+        }
+    }
+}
+
+impl<C: KvLine> HeadPool<C> {
     /// Stores the key and the value of one position, `head_dim` numbers each.
     pub(crate) fn append(
         &mut self,
         shape: &KvShape,
-        blocks: &[BlockId],
+        pages: Pages<'_>,
         position: usize,
         key: &[f32],
         value: &[f32],
     ) {
-        let tile = shape.tile_start(blocks, position);
-        let lane = position % TILE;
-        let keys = &mut self.keys[tile..tile + key.len()];
-        for (line, &k) in keys.iter_mut().zip(key) {
-            line.set(lane, k);
+        let (tile, lane) = (shape.tile(pages, position), position % TILE);
+        let (lines, inverse) = self.keys.slot(shape, tile, lane, key);
+        for (line, k) in lines.iter_mut().zip(key) {
+            line.set(lane, k * inverse);
         }
-        let lines = value.len() / TILE;
-        let values = &mut self.values[tile + lane * lines..][..lines];
-        for (line, v) in values.iter_mut().zip(value.chunks_exact(TILE)) {
-            v.iter().enumerate().for_each(|(l, &v)| line.set(l, v));
+        let (lines, inverse) = self.values.slot(shape, tile, lane, value);
+        let count = value.len() / TILE;
+        let lines = &mut lines[lane * count..][..count];
+        for (line, v) in lines.iter_mut().zip(value.chunks_exact(TILE)) {
+            let numbers = v.iter().enumerate();
+            numbers.for_each(|(l, v)| line.set(l, v * inverse));
         }
     }
 
-    /// The tile that holds `position`: `head_dim` lines of keys (`[element][position]`), as many of
-    /// values (`[position][element]`).
+    /// Keys and values of the tile that holds `position`.
     #[inline(always)]
     pub(crate) fn tile(
         &self,
         shape: &KvShape,
-        blocks: &[BlockId],
+        pages: Pages<'_>,
         position: usize,
-    ) -> (&[C], &[C]) {
-        let start = shape.tile_start(blocks, position);
-        let range = start..start + shape.tile_lines();
-        (&self.keys[range.clone()], &self.values[range])
+    ) -> (Tile<'_, C>, Tile<'_, C>) {
+        let tile = shape.tile(pages, position);
+        (self.keys.tile(shape, tile), self.values.tile(shape, tile))
     }
 }
 
-/// `len` lines of zeros straight from the system, untouched. (A `vec![ZERO; len]` would write, and
-/// so make resident, every page, and abort the process where there is no room.)
-fn zeroed<C: Column>(len: usize) -> Result<Box<[C]>, CpuError> {
-    let bytes = len.saturating_mul(size_of::<C>());
-    let error = CpuError::OutOfMemory {
-        what: "the KV cache",
-        bytes,
-    };
-    let Ok(layout) = Layout::array::<C>(len) else {
-        return Err(error);
-    };
-    if layout.size() == 0 {
-        return Ok(Box::new([]));
+impl<C: KvLine> Vectors<C> {
+    fn new(shape: &KvShape) -> Result<Self, CpuError> {
+        let tiles = shape.blocks * shape.block_tiles();
+        Ok(Self {
+            lines: ZeroPages::new(tiles * shape.tile_lines())?,
+            scales: ZeroPages::new(if C::SCALED { tiles } else { 0 })?,
+        })
     }
-    // SAFETY: the layout is not empty.
-    let data = unsafe { alloc_zeroed(layout) }.cast::<C>();
-    if data.is_null() {
-        return Err(error);
+
+    /// The lines of a tile in which `x` is to be stored, and what to multiply it with first; its
+    /// scale is stored already.
+    fn slot(&mut self, shape: &KvShape, tile: usize, lane: usize, x: &[f32]) -> (&mut [C], f32) {
+        let mut inverse = 1.0;
+        if C::SCALED {
+            let scale = int8_scale(x);
+            self.scales[tile].0[lane] = scale;
+            // Of a scale of 0, or nearly, the numbers become 0.
+            inverse = if scale > f32::MIN_POSITIVE {
+                1.0 / scale
+            } else {
+                0.0
+            };
+        }
+        let len = shape.tile_lines();
+        (&mut self.lines[tile * len..][..len], inverse)
     }
-    // SAFETY: `data` was allocated by the global allocator with the layout of `[C; len]`; lines are
-    // plain numbers, for which all bits zero is a value.
-    Ok(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(data, len)) })
+
+    #[inline(always)]
+    fn tile(&self, shape: &KvShape, tile: usize) -> Tile<'_, C> {
+        let len = shape.tile_lines();
+        Tile {
+            lines: &self.lines[tile * len..][..len],
+            scales: C::SCALED.then(|| &self.scales[tile]),
+        }
+    }
+
+    fn copy(&mut self, shape: &KvShape, BlockCopy { src, dst }: BlockCopy) {
+        let tiles = shape.block_tiles();
+        let range = |len: usize, block: BlockId| {
+            let start = block.0 as usize * len;
+            start..start + len
+        };
+        let lines = tiles * shape.tile_lines();
+        self.lines
+            .copy_within(range(lines, src), range(lines, dst).start);
+        if C::SCALED {
+            self.scales
+                .copy_within(range(tiles, src), range(tiles, dst).start);
+        }
+    }
 }

@@ -7,6 +7,7 @@
 
 mod attention;
 mod error;
+mod estimate;
 mod executor;
 mod kv;
 pub mod linear;
@@ -22,5 +23,7 @@ mod weights;
 
 use attention::MAX_HEAD_DIM;
 pub use error::CpuError;
+pub use estimate::Estimate;
 pub use executor::{CpuConfig, CpuExecutor, CpuMode};
+pub use kv::KvDtype;
 pub use pool::ThreadPool;

@@ -95,6 +95,26 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
+/// `residual += x / rms(x) * norm`.
+pub(crate) struct AddRmsNorm<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) norm: &'a [f32],
+    pub(crate) eps: f32,
+    pub(crate) residual: &'a mut [f32],
+}
+
+impl Kernel for AddRmsNorm<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self, _: V) {
+        let mean = sum_of_squares(self.x) / self.x.len() as f32;
+        let scale = 1.0 / (mean + self.eps).sqrt();
+        let inputs = self.x.iter().zip(self.norm);
+        for (residual, (x, norm)) in self.residual.iter_mut().zip(inputs) {
+            *residual += x * scale * norm;
+        }
+    }
+}
+
 /// [`RmsNorm`] in place.
 #[inline(always)]
 pub(crate) fn rms_norm_in_place(x: &mut [f32], norm: &[f32], eps: f32) {

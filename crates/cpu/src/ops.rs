@@ -5,11 +5,11 @@ use spate_model::{Activation, ModelConfig, Ops};
 use spate_types::{Logprobs, SampledToken};
 
 use crate::attention::Attention;
-use crate::kv::{KvCache, KvPool};
-use crate::linear::{Column, Isa, Scratch, linear};
-use crate::math::{ActMul, RmsNorm};
+use crate::kv::{KvCache, KvLine, KvPool};
+use crate::linear::{Isa, Scratch, linear};
+use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
-use crate::rope::NormRotate;
+use crate::rope::{NormRotate, Ropes};
 use crate::sampler;
 use crate::slots::SlotState;
 use crate::step::{Span, Step, Wanted};
@@ -17,7 +17,7 @@ use crate::weights::Matrix;
 use crate::{CpuError, ThreadPool};
 
 /// Positions whose logits exist at the same time.
-const LOGIT_TILE: usize = 16;
+pub(crate) const LOGIT_TILE: usize = 16;
 
 /// Tokens that elementwise loops do on one thread: fewer are not worth waking another.
 const TASK_TOKENS: usize = 8;
@@ -27,6 +27,7 @@ pub(crate) struct CpuOps {
     isa: Isa,
     pool: ThreadPool,
     config: ModelConfig,
+    pub(crate) ropes: Ropes,
     max_tokens: usize,
     /// Bytes that [`Ops::alloc`] gave out.
     allocated: u64,
@@ -79,6 +80,7 @@ impl CpuOps {
     pub(crate) fn new(
         pool: ThreadPool,
         config: &ModelConfig,
+        ropes: Ropes,
         kv: KvCache,
         slots: usize,
         max_tokens: usize,
@@ -89,6 +91,7 @@ impl CpuOps {
             isa: Isa::best(),
             scratch: Scratch::new(max_tokens, widest),
             pool,
+            ropes,
             max_tokens,
             allocated: 0,
             kv,
@@ -106,8 +109,8 @@ impl CpuOps {
         self.allocated + (logits + self.scratch.bytes()) as u64
     }
 
-    pub(crate) fn copy_block(&mut self, copy: BlockCopy) {
-        self.kv.copy(copy);
+    pub(crate) fn copy_block(&mut self, copy: BlockCopy, local: bool) {
+        self.kv.copy(copy, local);
     }
 
     /// Elements that one task takes of a buffer of `width`.
@@ -183,7 +186,7 @@ impl Ops for CpuOps {
     fn add_rms_norm(
         &mut self,
         step: &Step,
-        delta: Option<&Act>,
+        delta: Option<(&Act, Option<&Vec<f32>>)>,
         residual: &mut Act,
         norm: &Vec<f32>,
         out: &mut Act,
@@ -191,10 +194,22 @@ impl Ops for CpuOps {
         let (m, width, eps) = (step.tokens.len(), out.width, self.config.norm_eps);
         let chunk = self.chunk(step, width);
         let residual = residual.rows_mut(m);
-        if let Some(delta) = delta {
+        if let Some((delta, norm)) = delta {
             self.pool.run_chunks(residual, chunk, |i, residual| {
                 let delta = &delta.rows(m)[i * chunk..];
-                residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d);
+                let Some(norm) = norm else {
+                    residual.iter_mut().zip(delta).for_each(|(r, d)| *r += d);
+                    return;
+                };
+                let rows = delta.chunks_exact(width);
+                for (x, residual) in rows.zip(residual.chunks_exact_mut(width)) {
+                    self.isa.run(AddRmsNorm {
+                        x,
+                        norm,
+                        eps,
+                        residual,
+                    });
+                }
             });
         }
         let residual = &*residual;
@@ -231,7 +246,9 @@ impl Ops for CpuOps {
         let (q_width, kv_width) = (self.config.q_width(), self.config.kv_width());
         let (q, rest) = qkv.rows_mut(m).split_at_mut(m * q_width);
         let (k, v) = rest.split_at_mut(m * kv_width);
-        let pairs = self.config.rope.dims / 2;
+        let rope = self.ropes.of_layer[layer];
+        let pairs = self.ropes.rotations[rope].rates.len();
+        let rotations = &step.rotations[rope];
         let (q_norm, k_norm) = norms.unzip();
         for (x, width, norm) in [(q, q_width, q_norm), (&mut *k, kv_width, k_norm)] {
             let chunk = self.chunk(step, width);
@@ -241,8 +258,8 @@ impl Ops for CpuOps {
                     x,
                     width,
                     head_dim: self.config.head_dim,
-                    rotations: &step.rotations[first * pairs..][..count * pairs],
-                    pairing: self.config.rope.pairing,
+                    rotations: &rotations[first * pairs..][..count * pairs],
+                    pairing: self.config.rope(layer).pairing,
                     norm: norm.map(|n| (n.as_slice(), self.config.norm_eps)),
                 });
             });
@@ -250,6 +267,8 @@ impl Ops for CpuOps {
         match &mut self.kv {
             KvCache::F32(kv) => append(&self.pool, kv, step, layer, k, v),
             KvCache::F16(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::Bf16(kv) => append(&self.pool, kv, step, layer, k, v),
+            KvCache::Int8(kv) => append(&self.pool, kv, step, layer, k, v),
         }
         Ok(())
     }
@@ -264,6 +283,8 @@ impl Ops for CpuOps {
         match &self.kv {
             KvCache::F32(kv) => self.attend(kv, step, layer, qkv, out),
             KvCache::F16(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::Bf16(kv) => self.attend(kv, step, layer, qkv, out),
+            KvCache::Int8(kv) => self.attend(kv, step, layer, qkv, out),
         }
         Ok(())
     }
@@ -392,7 +413,7 @@ impl Choice<'_> {
 }
 
 /// Writes the keys and values of a step, `[tokens, kv_heads * head_dim]` each; heads in parallel.
-fn append<C: Column>(
+fn append<C: KvLine>(
     pool: &ThreadPool,
     kv: &mut KvPool<C>,
     step: &Step,
@@ -400,26 +421,26 @@ fn append<C: Column>(
     keys: &[f32],
     values: &[f32],
 ) {
-    let shape = kv.shape;
+    let layer = kv.layer_mut(layer);
+    let (shape, local) = (layer.shape, layer.local);
     let (dim, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-    let heads = kv.layer_mut(layer);
     let few = step.tokens.len() < TASK_TOKENS;
-    let per_task = if few { heads.len() } else { 1 };
-    pool.run_chunks(heads, per_task, |i, heads| {
+    let per_task = if few { shape.kv_heads } else { 1 };
+    pool.run_chunks(&mut layer.heads, per_task, |i, heads| {
         for (h, head) in heads.iter_mut().enumerate() {
             let offset = (i * per_task + h) * dim;
             for (t, (&position, &row)) in step.positions.iter().zip(&step.row_of).enumerate() {
                 let at = t * width + offset;
                 let (key, value) = (&keys[at..at + dim], &values[at..at + dim]);
-                let blocks = &step.rows[row].blocks;
-                head.append(&shape, blocks, position as usize, key, value);
+                let pages = step.rows[row].pages(local);
+                head.append(&shape, pages, position as usize, key, value);
             }
         }
     });
 }
 
 impl CpuOps {
-    fn attend<C: Column>(
+    fn attend<C: KvLine>(
         &self,
         kv: &KvPool<C>,
         step: &Step,
@@ -431,6 +452,7 @@ impl CpuOps {
         let m = step.tokens.len();
         let queries = &qkv.rows(m)[..m * c.q_width()];
         let out = Disjoint::new(out.rows_mut(m));
+        let window = c.window(layer).unwrap_or(usize::MAX);
         let layer = kv.layer(layer);
         self.pool.run(step.spans.len() * c.kv_heads, |task| {
             // The spans at the end of a prompt see the most positions: they go first.
@@ -438,9 +460,9 @@ impl CpuOps {
             let Span { row, token, count } = step.spans[span];
             let kv_head = task % c.kv_heads;
             self.isa.run(Attention {
-                shape: &kv.shape,
-                kv: &layer[kv_head],
-                blocks: &step.rows[row].blocks,
+                shape: &layer.shape,
+                kv: &layer.heads[kv_head],
+                pages: step.rows[row].pages(layer.local),
                 queries,
                 out: &out,
                 token,
@@ -450,6 +472,7 @@ impl CpuOps {
                 head: kv_head * c.heads_per_kv(),
                 group: c.heads_per_kv(),
                 scale: c.attention_scale,
+                window,
             });
         });
     }

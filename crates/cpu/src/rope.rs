@@ -1,17 +1,44 @@
-use spate_model::{Rope, RopePairing};
+use spate_model::{ModelConfig, RopePairing, Rotation};
 
 use crate::linear::{Kernel, Lanes};
 use crate::math::rms_norm_in_place;
 
-/// Radians by which each pair turns per position; `factors` divide them (Llama 3's scaling).
-pub(crate) fn rates(rope: &Rope, factors: Option<&[f32]>) -> Vec<f64> {
-    (0..rope.dims / 2)
-        .map(|i| {
-            let exponent = -2.0 * i as f64 / rope.dims as f64;
-            let factor = factors.map_or(1.0, |f| f64::from(f[i]));
-            f64::from(rope.base).powf(exponent) / factor / f64::from(rope.linear_factor)
-        })
-        .collect()
+/// The rotary embeddings of a model: layers have one of very few.
+pub(crate) struct Ropes {
+    pub(crate) rotations: Vec<Rotation>,
+    /// For each layer, an index into `rotations`.
+    pub(crate) of_layer: Vec<usize>,
+}
+
+impl Ropes {
+    pub(crate) fn new(config: &ModelConfig, max_seq_len: usize) -> Self {
+        let mut rotations: Vec<Rotation> = Vec::new();
+        let of_layer = (0..config.layers).map(|layer| {
+            let rotation = config.rope(layer).rotation(max_seq_len);
+            let known = rotations.iter().position(|r| *r == rotation);
+            known.unwrap_or_else(|| {
+                rotations.push(rotation);
+                rotations.len() - 1
+            })
+        });
+        let of_layer = of_layer.collect();
+        Self {
+            rotations,
+            of_layer,
+        }
+    }
+}
+
+/// Appends cosine and sine, times the magnitude, of each pair's angle at each position.
+pub(crate) fn turn(rotation: &Rotation, positions: &[u32], out: &mut Vec<(f32, f32)>) {
+    for &position in positions {
+        let angles = rotation.rates.iter().map(|rate| f64::from(position) * rate);
+        out.extend(angles.map(|angle| {
+            let (sin, cos) = angle.sin_cos();
+            let scaled = |x: f64| (x * rotation.magnitude) as f32;
+            (scaled(cos), scaled(sin))
+        }));
+    }
 }
 
 /// Normalises (if there is a norm) and rotates all heads of consecutive tokens.
@@ -65,12 +92,13 @@ impl Kernel for NormRotate<'_> {
 mod tests {
     use super::*;
     use crate::linear::Isa;
+    use spate_model::{Rope, RopeScaling};
 
     const DIM: usize = 8;
 
-    fn rotate(x: &mut [f32], rope: &Rope, position: f64, norm: Option<(&[f32], f32)>) {
-        let angles = rates(rope, None).into_iter().map(|rate| rate * position);
-        let rotations: Vec<_> = angles.map(|a| (a.cos() as f32, a.sin() as f32)).collect();
+    fn rotate(x: &mut [f32], rope: &Rope, position: u32, norm: Option<(&[f32], f32)>) {
+        let mut rotations = Vec::new();
+        turn(&rope.rotation(1), &[position], &mut rotations);
         Isa::best().run(NormRotate {
             width: x.len(),
             x,
@@ -86,17 +114,8 @@ mod tests {
             pairing,
             dims,
             base: 100.0,
-            linear_factor: 1.0,
+            scaling: RopeScaling::None,
         }
-    }
-
-    #[test]
-    fn rates_follow_base_factors_and_scale() {
-        let mut rope = rope(RopePairing::Halves, 4);
-        assert_eq!(rates(&rope, None), [1.0, 0.1]);
-        assert_eq!(rates(&rope, Some(&[1.0, 4.0])), [1.0, 0.025]);
-        rope.linear_factor = 2.0;
-        assert_eq!(rates(&rope, None), [0.5, 0.05]);
     }
 
     #[test]
@@ -104,7 +123,7 @@ mod tests {
         // Position 1 turns the first pair by one radian, the second by a tenth.
         let turned = |pairing| {
             let mut x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
-            rotate(&mut x, &rope(pairing, 4), 1.0, None);
+            rotate(&mut x, &rope(pairing, 4), 1, None);
             x
         };
         let pair = |a: f64, b: f64, angle: f64| {
@@ -135,7 +154,7 @@ mod tests {
         rotate(
             &mut x,
             &rope(RopePairing::Halves, 8),
-            0.0,
+            0,
             Some((&[2.0; DIM], 0.0)),
         );
         assert_eq!(x[..DIM], [2.0; DIM]);

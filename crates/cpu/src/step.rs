@@ -1,6 +1,9 @@
 use spate_executor::{Batch, Input, Row, RowOutput};
-use spate_types::{BlockIds, Slot, TokenId};
+use spate_model::Rotation;
+use spate_types::{BlockIds, LocalBlocks, Slot, TokenId};
 
+use crate::kv::Pages;
+use crate::rope;
 use crate::slots::SlotState;
 
 /// Positions of one sequence whose queries one task answers.
@@ -20,8 +23,8 @@ pub(crate) struct Step {
     pub(crate) spans: Vec<Span>,
     /// Positions that want logits.
     pub(crate) wanted: Vec<Wanted>,
-    /// Cosine and sine of each token's rotation angles, `[tokens][dims / 2]`.
-    pub(crate) rotations: Vec<(f32, f32)>,
+    /// For each rotary embedding of the model, what turns each token, `[tokens][dims / 2]`.
+    pub(crate) rotations: Vec<Vec<(f32, f32)>>,
     /// One per row.
     pub(crate) outputs: Vec<RowOutput>,
 }
@@ -29,9 +32,22 @@ pub(crate) struct Step {
 #[derive(Debug)]
 pub(crate) struct StepRow {
     pub(crate) slot: Slot,
-    pub(crate) blocks: BlockIds,
+    blocks: BlockIds,
+    local: LocalBlocks,
     /// Index of its last token.
     pub(crate) last: usize,
+}
+
+impl StepRow {
+    /// Its blocks in the local pool, or in the main one.
+    pub(crate) fn pages(&self, local: bool) -> Pages<'_> {
+        let (first, blocks) = if local {
+            (self.local.first as usize, &self.local.blocks)
+        } else {
+            (0, &self.blocks)
+        };
+        Pages { first, blocks }
+    }
 }
 
 /// Consecutive tokens of one row.
@@ -57,24 +73,21 @@ pub(crate) struct Wanted {
 
 impl Step {
     /// Fills in a batch whose rows are bound and whose shape was checked.
-    ///
-    /// `rates`: radians per position, one per rotated pair.
-    pub(crate) fn fill(&mut self, batch: &Batch, slots: &[Option<SlotState>], rates: &[f64]) {
+    pub(crate) fn fill(&mut self, batch: &Batch, slots: &[Option<SlotState>], ropes: &[Rotation]) {
         self.tokens.clear();
         self.positions.clear();
         self.row_of.clear();
         self.rows.clear();
         self.spans.clear();
         self.wanted.clear();
-        self.rotations.clear();
         self.outputs.clear();
         for row in &batch.rows {
             self.push(row, slots[row.slot.0 as usize].as_ref());
         }
-        for &position in &self.positions {
-            let angles = rates.iter().map(|rate| f64::from(position) * rate);
-            self.rotations
-                .extend(angles.map(|a| (a.cos() as f32, a.sin() as f32)));
+        self.rotations.resize_with(ropes.len(), Vec::new);
+        for (rope, rotations) in ropes.iter().zip(&mut self.rotations) {
+            rotations.clear();
+            rope::turn(rope, &self.positions, rotations);
         }
     }
 
@@ -96,6 +109,7 @@ impl Step {
         self.rows.push(StepRow {
             slot: row.slot,
             blocks: row.blocks.clone(),
+            local: row.local.clone(),
             last: first + count - 1,
         });
         self.spans

@@ -5,7 +5,7 @@ mod common;
 
 use common::tiny;
 use spate_cpu::CpuMode;
-use spate_executor::conformance;
+use spate_executor::{Executor, conformance};
 use spate_model::testing::TinyLlama;
 
 #[test]
@@ -16,4 +16,19 @@ fn exact_conforms() {
 #[test]
 fn fast_conforms() {
     conformance::run(&mut || Box::new(tiny(CpuMode::Fast, &TinyLlama::default()).exec));
+}
+
+#[test]
+fn two_pools_conform() {
+    let spec = TinyLlama {
+        architecture: "gemma3",
+        layers: 4,
+        window: Some(20),
+        ..TinyLlama::default()
+    };
+    conformance::run(&mut || {
+        let exec = tiny(CpuMode::Fast, &spec).exec;
+        assert!(exec.capacity().local.is_some());
+        Box::new(exec)
+    });
 }

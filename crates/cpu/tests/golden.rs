@@ -1,14 +1,12 @@
-//! The real model against outputs of another engine in float32 (see `tests/golden`).
+//! Real models against outputs of another engine in float32 (see `tests/golden`).
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
-use common::{Runner, Sequence, real};
+use common::{GEMMA, QWEN, RealModel, Runner, SMOLLM2, Sequence, real, real_with_kv};
 use serde_json::Value;
-use spate_cpu::CpuMode;
+use spate_cpu::{CpuMode, KvDtype};
 use spate_types::{SamplingParams, TokenId};
-
-const GOLDEN: &str = include_str!("../../../tests/golden/SmolLM2-135M-Instruct.Q4_1.json");
 
 /// Where the oracle's own two best tokens are this close, another choice is no error.
 const TIE: f64 = 1e-3;
@@ -24,8 +22,8 @@ struct Case {
     greedy: Vec<Value>,
 }
 
-fn cases() -> Vec<Case> {
-    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+fn cases(golden: &str) -> Vec<Case> {
+    let golden: Value = serde_json::from_str(golden).unwrap();
     let cases = golden["cases"].as_array().unwrap().iter();
     cases
         .map(|case| Case {
@@ -89,14 +87,30 @@ fn greedy_prefix(case: &Case, output: &[TokenId]) -> (usize, bool) {
 }
 
 #[test]
-fn exact_and_fast_agree_with_the_oracle() {
-    let Some(mut exact) = real(CpuMode::Exact) else {
+fn smollm2_agrees_with_the_oracle() {
+    let golden = include_str!("../../../tests/golden/SmolLM2-135M-Instruct.Q4_1.json");
+    exact_and_fast_agree_with_the_oracle(&SMOLLM2, golden);
+}
+
+#[test]
+fn qwen_agrees_with_the_oracle() {
+    let golden = include_str!("../../../tests/golden/qwen-0.5b.json");
+    exact_and_fast_agree_with_the_oracle(&QWEN, golden);
+}
+
+#[test]
+fn gemma_agrees_with_the_oracle() {
+    let golden = include_str!("../../../tests/golden/gemma3-270m-q4_k_m.json");
+    exact_and_fast_agree_with_the_oracle(&GEMMA, golden);
+}
+
+fn exact_and_fast_agree_with_the_oracle(model: &RealModel, golden: &str) {
+    let cases = cases(golden);
+    let all = |mode, output| Some(run(&mut real(model, mode)?, &cases, output));
+    let Some(exact_runs) = all(CpuMode::Exact, GREEDY) else {
         return;
     };
-    let mut fast = real(CpuMode::Fast).unwrap();
-    let cases = cases();
-    let exact_runs = run(&mut exact, &cases, GREEDY);
-    let fast_runs = run(&mut fast, &cases, 1);
+    let fast_runs = all(CpuMode::Fast, 1).unwrap();
     let (mut positions, mut exact_sum, mut fast_sum, mut same_best) = (0, 0.0, 0.0, 0);
     for ((case, a), b) in cases.iter().zip(&exact_runs).zip(&fast_runs) {
         let (same, excused) = greedy_prefix(case, &a.output);
@@ -128,4 +142,45 @@ fn exact_and_fast_agree_with_the_oracle() {
     assert!(exact <= 2e-3, "exact: mean |Δ prompt logprob| {exact}");
     assert!(fast <= 0.05, "fast: mean |Δ prompt logprob| {fast}");
     assert!(agreement >= 0.97, "fast: top-1 agreement {agreement}");
+}
+
+#[test]
+fn a_narrow_kv_cache_costs_smollm2_little() {
+    let golden = include_str!("../../../tests/golden/SmolLM2-135M-Instruct.Q4_1.json");
+    let limits = [
+        (KvDtype::F16, 1e-3),
+        (KvDtype::Bf16, 0.01),
+        (KvDtype::Int8, 0.02),
+    ];
+    a_narrow_kv_cache_costs_little(&SMOLLM2, golden, &limits);
+}
+
+#[test]
+fn an_int8_kv_cache_costs_qwen_little() {
+    let golden = include_str!("../../../tests/golden/qwen-0.5b.json");
+    a_narrow_kv_cache_costs_little(&QWEN, golden, &[(KvDtype::Int8, 0.02)]);
+}
+
+#[test]
+fn an_int8_kv_cache_costs_gemma_little() {
+    let golden = include_str!("../../../tests/golden/gemma3-270m-q4_k_m.json");
+    a_narrow_kv_cache_costs_little(&GEMMA, golden, &[(KvDtype::Int8, 0.02)]);
+}
+
+/// In exact mode, where nothing else is rounded to a few bits.
+fn a_narrow_kv_cache_costs_little(model: &RealModel, golden: &str, limits: &[(KvDtype, f64)]) {
+    let cases = cases(golden);
+    let logprobs = |dtype| {
+        let runs = run(&mut real_with_kv(model, CpuMode::Exact, dtype)?, &cases, 1);
+        let all = runs.into_iter().flat_map(|run| run.prompt_logprobs);
+        Some(all.map(|l| f64::from(l.logprob)).collect::<Vec<_>>())
+    };
+    let Some(want) = logprobs(None) else { return };
+    for &(dtype, limit) in limits {
+        let got = logprobs(Some(dtype)).unwrap();
+        let sum: f64 = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).sum();
+        let mean = sum / want.len() as f64;
+        println!("{dtype:?}: mean |Δ logprob| {mean:.6}");
+        assert!(mean > 0.0 && mean <= limit, "{dtype:?}: {mean}");
+    }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Runner, Sequence, busy_sampling, real, tiny};
+use common::{Runner, SMOLLM2, Sequence, busy_sampling, real, tiny};
 use spate_cpu::CpuMode;
 use spate_executor::{Batch, BlockCopy, Executor, Input};
 use spate_model::GgmlType;
@@ -90,10 +90,25 @@ fn alone_chunked_and_batched_are_equal() {
             tied: true,
             ..TinyLlama::default()
         },
+        TinyLlama {
+            // Local and global layers; a window that ends within a tile.
+            architecture: "gemma3",
+            layers: 4,
+            window: Some(37),
+            ..TinyLlama::default()
+        },
+        TinyLlama {
+            architecture: "phi3",
+            window: Some(16),
+            ..TinyLlama::default()
+        },
     ];
     for mode in MODES {
         for spec in &specs {
-            check(&mut tiny(mode, spec), &[1, 2, 15, 16, 17, 33, 70, 130], 12);
+            let mut runner = tiny(mode, spec);
+            let local = runner.exec.capacity().local.map(|local| local.window);
+            assert_eq!(local, spec.window);
+            check(&mut runner, &[1, 2, 15, 16, 17, 33, 70, 130], 12);
         }
     }
 }
@@ -101,7 +116,7 @@ fn alone_chunked_and_batched_are_equal() {
 #[test]
 fn alone_chunked_and_batched_are_equal_on_the_real_model() {
     for mode in MODES {
-        if let Some(mut runner) = real(mode) {
+        if let Some(mut runner) = real(&SMOLLM2, mode) {
             check(&mut runner, &[5, 16, 41], 3);
         }
     }
@@ -149,7 +164,11 @@ fn finish(runner: &mut Runner, s: &mut Sequence, copies: Vec<BlockCopy>) {
     let mut row = s.next_row(512);
     row.bind = Some(s.bind());
     let rows = vec![row];
-    let output = runner.run(Batch { copies, rows });
+    let output = runner.run(Batch {
+        copies,
+        rows,
+        ..Batch::default()
+    });
     s.take(output.into_iter().next().unwrap(), 512);
     while s.output.len() < 12 {
         runner.step(&mut [&mut *s], 512);
@@ -178,7 +197,13 @@ fn a_preempted_sequence_goes_on_as_if_nothing_had_happened() {
         row.prompt_logprobs = false;
         let rows = vec![row];
         let copies = Vec::new();
-        let output = runner.run(Batch { copies, rows }).remove(0);
+        let output = runner
+            .run(Batch {
+                copies,
+                rows,
+                ..Batch::default()
+            })
+            .remove(0);
         let end = s.prompt.len() + s.output.len();
         s.take(output, 512);
         s.done = end;

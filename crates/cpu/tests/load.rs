@@ -4,7 +4,7 @@
 mod common;
 
 use common::config;
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, Estimate};
 use spate_executor::Executor;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{GgmlType, Gguf};
@@ -66,4 +66,67 @@ fn capacity_and_budget_follow_the_settings() {
     let gguf = Gguf::open(file.path()).unwrap();
     CpuExecutor::load(&gguf, &config(CpuMode::Exact), &mut |p| progress.push(p)).unwrap();
     assert_eq!(progress.last(), Some(&1.0));
+}
+
+#[test]
+fn layers_with_a_window_get_a_pool_of_their_own_where_it_pays() {
+    let spec = TinyLlama {
+        architecture: "gemma3",
+        layers: 6,
+        window: Some(64),
+        context_len: 4096,
+        ..TinyLlama::default()
+    };
+    let pools = |kv_bytes: u64, change: &dyn Fn(&mut TinyLlama)| {
+        let mut spec = spec.clone();
+        change(&mut spec);
+        let executor = load(&spec, |c| c.kv_cache_bytes = kv_bytes).unwrap();
+        let budget = executor.memory_budget();
+        let used = budget.iter().find(|b| b.0 == "KV cache").unwrap().1;
+        assert!(used <= kv_bytes && used > kv_bytes * 95 / 100, "{used}");
+        let capacity = executor.capacity();
+        (capacity.blocks, capacity.local)
+    };
+    let (main, local) = pools(64 << 20, &|_| ());
+    let local = local.unwrap();
+    // Sequences of 256 tokens fill both: 16 blocks of one, 5 of the other, and a step of 32 more.
+    assert_eq!((local.window, local.blocks), (64, main * 5 / 16 + 32));
+    // 4 of 6 layers keep but a part of it.
+    let (single, none) = pools(64 << 20, &|s| s.window = None);
+    assert_eq!(none, None);
+    assert!(main > single * 17 / 10, "{main} blocks, not {single}");
+
+    // All layers are local.
+    let (main, local) = pools(64 << 20, &|s| s.architecture = "phi3");
+    assert_eq!(local.unwrap().blocks, main * 5 / 16 + 32);
+    assert!(main > 3 * single);
+
+    // Memory or sequences are short.
+    assert_eq!(pools(300_000, &|_| ()).1, None);
+    assert_eq!(pools(64 << 20, &|s| s.context_len = 80).1, None);
+}
+
+#[test]
+fn what_loading_takes_is_known_before() {
+    for (mode, weights) in [
+        (CpuMode::Exact, GgmlType::Q4_1),
+        (CpuMode::Fast, GgmlType::Q4_1),
+        (CpuMode::Fast, GgmlType::F16),
+    ] {
+        let file = TempFile::new(&tiny_llama(&TinyLlama {
+            weights,
+            ..TinyLlama::default()
+        }));
+        let gguf = Gguf::open(file.path()).unwrap();
+        let config = config(mode);
+        let estimate = Estimate::new(&gguf, &config).unwrap();
+        let executor = CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap();
+        let blocks = u64::from(executor.capacity().blocks);
+        let expected = [
+            ("weights", estimate.weights),
+            ("KV cache", estimate.kv_block * blocks),
+            ("activations", estimate.activations),
+        ];
+        assert_eq!(executor.memory_budget(), expected, "{mode:?} {weights}");
+    }
 }

@@ -1,1 +1,41 @@
-fn main() {}
+//! Runs the self-test on a GPU: `kernels [FILTER] [SEED]`. Without a GPU it says so and passes.
+
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use spate_cuda::driver::Device;
+use spate_cuda::{CudaError, selftest};
+
+fn main() -> anyhow::Result<ExitCode> {
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(CudaError::Unavailable(why)) => {
+            println!("skipped: {why}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut args = std::env::args().skip(1);
+    let filter = args.next().unwrap_or_default();
+    let seed = match args.next() {
+        Some(seed) => seed.parse()?,
+        None => SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64,
+    };
+    let (major, minor) = device.capability();
+    let (sms, gib) = (device.sms(), device.total_bytes() >> 30);
+    println!(
+        "{}, sm_{major}{minor}, {sms} SMs, {gib} GiB, seed {seed}",
+        device.name()
+    );
+    let mut failed = 0;
+    selftest::run(&device, &filter, seed, &mut |report| {
+        println!("{report}");
+        failed += usize::from(!report.passed());
+    })?;
+    println!("{failed} failed");
+    Ok(if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

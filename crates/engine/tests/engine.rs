@@ -18,6 +18,7 @@ fn sim() -> SimConfig {
         slots: 8,
         blocks: 256,
         block_size: 4,
+        local: None,
         max_batch_tokens: 64,
         max_seq_len: MAX_LEN,
         vocab_size: 1000,

@@ -1,7 +1,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use spate_types::{BlockId, BlockIds, Logprobs, SampledToken, SamplingParams, Slot, TokenId};
+use spate_types::{
+    BlockId, BlockIds, LocalBlocks, Logprobs, SampledToken, SamplingParams, Slot, TokenId,
+};
 
 /// A queue of steps on the device that runs in order. Different lanes run side by side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -21,11 +23,13 @@ pub struct Ticket(pub u64);
 pub struct Batch {
     /// Copy-on-write copies, done before any row runs.
     pub copies: Vec<BlockCopy>,
+    /// The same in the pool of the layers with a sliding window.
+    pub local_copies: Vec<BlockCopy>,
     /// At least one; no slot twice. No two rows write the same block.
     pub rows: Vec<Row>,
 }
 
-/// Copies a whole KV block, in every layer.
+/// Copies a whole KV block, in every layer of its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockCopy {
     /// Read.
@@ -47,6 +51,9 @@ pub struct Row {
     pub input: Input,
     /// Blocks that cover every position up to the last input token; more may follow.
     pub blocks: BlockIds,
+    /// Blocks in the pool of the layers with a sliding window, if there is one: they cover what the
+    /// first input token sees, and every position from there to the last input token.
+    pub local: LocalBlocks,
     /// Choose a token from the logits of the last input position. It becomes the slot's last token
     /// and counts for its penalties.
     pub sample: bool,

@@ -9,7 +9,9 @@ mod refusals;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_types::{BlockId, BlockIds, Logprobs, SampledToken, SamplingParams, Slot, TokenId};
+use spate_types::{
+    BlockId, BlockIds, LocalBlocks, Logprobs, SampledToken, SamplingParams, Slot, TokenId,
+};
 
 use crate::{
     Batch, Bind, BlockCopy, Capacity, Executor, ExecutorError, Input, Lane, Row, RowOutput, Ticket,
@@ -61,10 +63,20 @@ pub fn run(make: &mut dyn FnMut() -> Box<dyn Executor>) {
 struct Job {
     bind: Bind,
     slot: Slot,
+    /// In both pools, if there are two.
     blocks: BlockIds,
+    two_pools: bool,
 }
 
 impl Job {
+    fn local(&self) -> LocalBlocks {
+        let blocks = self.two_pools.then(|| Arc::clone(&self.blocks));
+        LocalBlocks {
+            first: 0,
+            blocks: blocks.unwrap_or_default(),
+        }
+    }
+
     fn prompt_len(&self) -> u32 {
         self.bind.prompt.len() as u32
     }
@@ -77,6 +89,7 @@ impl Job {
             start,
             input: Input::Tokens(self.bind.prompt[start as usize..end as usize].to_vec()),
             blocks: Arc::clone(&self.blocks),
+            local: self.local(),
             sample: end == self.prompt_len(),
             prompt_logprobs: false,
         }
@@ -107,6 +120,7 @@ impl Rig {
         assert!(
             capacity.slots >= 3
                 && capacity.blocks >= 3 * width
+                && capacity.local.is_none_or(|local| local.blocks >= 3 * width)
                 && capacity.max_batch_tokens >= 2 * MAX_LEN
                 && capacity.max_seq_len >= MAX_LEN
                 && capacity.lanes.contains(&Lane::Main),
@@ -167,6 +181,7 @@ impl Rig {
             },
             slot: Slot(slot),
             blocks: Arc::new((first..first + self.width).map(BlockId).collect()),
+            two_pools: self.capacity.local.is_some(),
         }
     }
 
@@ -198,8 +213,8 @@ impl Rig {
         self.step_on(
             Lane::Main,
             Batch {
-                copies: Vec::new(),
                 rows,
+                ..Batch::default()
             },
         )
     }
@@ -241,8 +256,8 @@ impl Rig {
             tickets.push(self.submit(
                 Lane::Main,
                 Batch {
-                    copies: Vec::new(),
                     rows: vec![row],
+                    ..Batch::default()
                 },
             ));
         }
@@ -348,14 +363,24 @@ impl Rig {
         self.alone(&owner);
         let job = self.job(0, 2, 2);
         let pairs = owner.blocks.iter().zip(job.blocks.iter());
-        let copies = pairs.map(|(&src, &dst)| BlockCopy { src, dst }).collect();
+        let copies: Vec<_> = pairs.map(|(&src, &dst)| BlockCopy { src, dst }).collect();
+        let local_copies = if job.two_pools {
+            copies.clone()
+        } else {
+            Vec::new()
+        };
         // The owner's slot starts something new over the source blocks in the same batch.
         let other = self.job(2, 0, 0);
         let rows = vec![
             other.prompt_row(0, other.prompt_len(), true),
             job.prompt_row(job.prompt_len() - 1, job.prompt_len(), true),
         ];
-        let outputs = self.step_on(Lane::Main, Batch { copies, rows });
+        let batch = Batch {
+            copies,
+            local_copies,
+            rows,
+        };
+        let outputs = self.step_on(Lane::Main, batch);
         let mut output = vec![sampled(&outputs[1])];
         self.decode(&job, &mut output);
         assert_eq!(
@@ -495,8 +520,8 @@ impl Rig {
         let outputs = self.step_on(
             Lane::Prefill,
             Batch {
-                copies: Vec::new(),
                 rows,
+                ..Batch::default()
             },
         );
         let mut output = vec![sampled(&outputs[0])];
@@ -511,8 +536,8 @@ impl Rig {
         self.refused_batch(
             what,
             Batch {
-                copies: Vec::new(),
                 rows,
+                ..Batch::default()
             },
         );
     }

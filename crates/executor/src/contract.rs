@@ -2,7 +2,7 @@ use std::collections::{HashSet, VecDeque};
 
 use spate_types::{BlockId, Slot, TokenId};
 
-use crate::{Batch, Bind, Capacity, ExecutorError, Input, Lane, Row};
+use crate::{Batch, Bind, BlockCopy, Capacity, ExecutorError, Input, Lane, LocalKv, Row};
 
 /// Checks batches against the rules of the contract, in order of submission. Implementations keep
 /// one, so that all of them refuse the same things with the same words.
@@ -117,9 +117,11 @@ impl Contract {
                 capacity.max_batch_tokens
             ));
         }
-        self.check_copies(batch)?;
+        check_copies(&batch.copies, capacity.blocks)?;
+        let local_blocks = capacity.local.map_or(0, |local| local.blocks);
+        check_copies(&batch.local_copies, local_blocks).map_err(|what| format!("local {what}"))?;
         let mut slots = HashSet::new();
-        let mut written = HashSet::new();
+        let (mut written, mut locally_written) = (HashSet::new(), HashSet::new());
         for row in &batch.rows {
             if !slots.insert(row.slot) {
                 return Err(format!("slot {} has two rows", row.slot.0));
@@ -131,21 +133,10 @@ impl Contract {
                     return Err(format!("block {} is written twice", block.0));
                 }
             }
-        }
-        Ok(())
-    }
-
-    fn check_copies(&self, batch: &Batch) -> Result<(), String> {
-        let sources: HashSet<BlockId> = batch.copies.iter().map(|copy| copy.src).collect();
-        let mut targets = HashSet::new();
-        for copy in &batch.copies {
-            self.check_block(copy.src)?;
-            self.check_block(copy.dst)?;
-            if sources.contains(&copy.dst) || !targets.insert(copy.dst) {
-                return Err(format!(
-                    "block {} is copied to twice, or from and to",
-                    copy.dst.0
-                ));
+            for &block in row.local_writes(capacity.block_size) {
+                if !locally_written.insert(block) {
+                    return Err(format!("local block {} is written twice", block.0));
+                }
             }
         }
         Ok(())
@@ -182,9 +173,34 @@ impl Contract {
         if end > row.blocks.len() as u64 * u64::from(self.capacity.block_size) {
             return Err(format!("its blocks do not cover {end} positions"));
         }
+        let blocks = self.capacity.blocks;
         row.blocks
             .iter()
-            .try_for_each(|&block| self.check_block(block))
+            .try_for_each(|&block| check_block(block, blocks))?;
+        self.check_local(row)
+    }
+
+    fn check_local(&self, row: &Row) -> Result<(), String> {
+        let Some(local) = self.capacity.local else {
+            let none = row.local.blocks.is_empty();
+            return none
+                .then_some(())
+                .ok_or("there is no pool of local blocks".into());
+        };
+        let size = self.capacity.block_size;
+        let first = local.first_seen(row.start, size);
+        if row.local.first > first || row.local.end() < row.end().div_ceil(size) as usize {
+            return Err(format!(
+                "its local blocks do not cover positions {} to {}",
+                first * size,
+                row.end()
+            ));
+        }
+        let blocks = row.local.blocks.iter();
+        blocks
+            .copied()
+            .try_for_each(|block| check_block(block, local.blocks))
+            .map_err(|what| format!("local: {what}"))
     }
 
     fn check_bind(&self, bind: &Bind) -> Result<(), String> {
@@ -205,13 +221,30 @@ impl Contract {
             None => Ok(()),
         }
     }
+}
 
-    fn check_block(&self, block: BlockId) -> Result<(), String> {
-        if block.0 < self.capacity.blocks {
-            Ok(())
-        } else {
-            Err(format!("there is no block {}", block.0))
+/// Copies within a pool of `blocks` blocks.
+fn check_copies(copies: &[BlockCopy], blocks: u32) -> Result<(), String> {
+    let sources: HashSet<BlockId> = copies.iter().map(|copy| copy.src).collect();
+    let mut targets = HashSet::new();
+    for copy in copies {
+        check_block(copy.src, blocks)?;
+        check_block(copy.dst, blocks)?;
+        if sources.contains(&copy.dst) || !targets.insert(copy.dst) {
+            return Err(format!(
+                "block {} is copied to twice, or from and to",
+                copy.dst.0
+            ));
         }
+    }
+    Ok(())
+}
+
+fn check_block(block: BlockId, blocks: u32) -> Result<(), String> {
+    if block.0 < blocks {
+        Ok(())
+    } else {
+        Err(format!("there is no block {}", block.0))
     }
 }
 
@@ -219,6 +252,26 @@ impl Row {
     /// The blocks that its input positions fall into. The row's blocks must cover them.
     pub fn writes(&self, block_size: u32) -> &[BlockId] {
         &self.blocks[(self.start / block_size) as usize..self.end().div_ceil(block_size) as usize]
+    }
+
+    /// The local blocks that its input positions fall into; none if it has none.
+    pub fn local_writes(&self, block_size: u32) -> &[BlockId] {
+        self.local_range(self.start / block_size, block_size)
+    }
+
+    /// The local blocks that it reads or writes; none if it has none.
+    pub fn local_touches(&self, local: &LocalKv, block_size: u32) -> &[BlockId] {
+        self.local_range(local.first_seen(self.start, block_size), block_size)
+    }
+
+    /// Local blocks from block `first` of the sequence to its last input position.
+    fn local_range(&self, first: u32, block_size: u32) -> &[BlockId] {
+        if self.local.blocks.is_empty() {
+            return &[];
+        }
+        let before = self.local.first;
+        let end = self.end().div_ceil(block_size);
+        &self.local.blocks[(first - before) as usize..(end - before) as usize]
     }
 
     /// The blocks that it reads or writes. The row's blocks must cover them.

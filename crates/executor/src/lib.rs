@@ -26,6 +26,31 @@ use std::time::Instant;
 
 use spate_types::Slot;
 
+/// The second KV pool of a model some of whose layers see only a window of the last positions. Those
+/// layers keep their KV here, the others in the main pool; a sequence holds as many blocks here as
+/// its window and the step's input take, however long it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalKv {
+    /// Positions that a query sees, its own included; at least 1.
+    pub window: u32,
+    /// Blocks in the pool, of `block_size` tokens as in the main one; at least
+    /// [`LocalKv::least_blocks`].
+    pub blocks: u32,
+}
+
+impl LocalKv {
+    /// What one sequence needs for the largest step of `max_batch_tokens` tokens.
+    pub fn least_blocks(window: u32, block_size: u32, max_batch_tokens: u32) -> u32 {
+        // One more, because window and step may begin and end within blocks.
+        window.saturating_add(max_batch_tokens).div_ceil(block_size) + 1
+    }
+
+    /// The first of a sequence's blocks that holds a position seen from `position`.
+    pub fn first_seen(&self, position: u32, block_size: u32) -> u32 {
+        (position + 1).saturating_sub(self.window) / block_size
+    }
+}
+
 /// What an executor can hold; fixed from its start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capacity {
@@ -35,6 +60,8 @@ pub struct Capacity {
     pub blocks: u32,
     /// Tokens per block.
     pub block_size: u32,
+    /// The pool of the layers with a sliding window, if they have their own.
+    pub local: Option<LocalKv>,
     /// Most input tokens in one batch, over all rows.
     pub max_batch_tokens: u32,
     /// Most positions in one sequence.

@@ -62,6 +62,8 @@ pub struct SimExecutor {
     contract: Contract,
     /// Per block and offset; `None` was never written.
     cells: Vec<Option<Cell>>,
+    /// The same of the pool of layers with a sliding window: what is read in both must be equal.
+    local_cells: Vec<Option<Cell>>,
     slots: Vec<Option<SlotState>>,
     queues: [VecDeque<Queued>; 2],
     submitted: u64,
@@ -70,7 +72,7 @@ pub struct SimExecutor {
     misused: Option<ExecutorError>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Cell {
     token: TokenId,
     digest: u64,
@@ -93,10 +95,12 @@ impl SimExecutor {
     /// An executor with an unwritten pool.
     pub fn new(config: SimConfig) -> Self {
         let capacity = &config.capacity;
+        let unwritten = |blocks: u32| vec![None; blocks as usize * capacity.block_size as usize];
         Self {
             model: model(&config),
             contract: Contract::new(capacity.clone()),
-            cells: vec![None; capacity.blocks as usize * capacity.block_size as usize],
+            cells: unwritten(capacity.blocks),
+            local_cells: unwritten(capacity.local.map_or(0, |local| local.blocks)),
             slots: (0..capacity.slots).map(|_| None).collect(),
             queues: Default::default(),
             submitted: 0,
@@ -156,30 +160,31 @@ impl SimExecutor {
     /// Refuses what is allowed for each batch alone but unsafe next to what else is running: a row
     /// must not write what another row of the batch, or anything on the other lane, reads or writes.
     fn check_hazards(&self, lane: Lane, batch: &Batch) -> Result<(), ExecutorError> {
-        let size = self.config.capacity.block_size;
-        let race = |block: BlockId, with: &str| {
+        let capacity = &self.config.capacity;
+        let race = |block: &Block, with: &str| {
+            let (pool, block) = (block.0, block.1.0);
             Err(ExecutorError::Rejected(format!(
-                "block {} is written next to {with}",
-                block.0
+                "{pool} block {block} is written next to {with}"
             )))
         };
         for (i, row) in batch.rows.iter().enumerate() {
             let others = batch.rows.iter().enumerate().filter(|&(j, _)| i != j);
-            let touched: HashSet<_> = others.flat_map(|(_, row)| row.touches(size)).collect();
-            if let Some(&block) = row.writes(size).iter().find(|b| touched.contains(b)) {
-                return race(block, "another row that reads it");
+            let touched: HashSet<Block> =
+                others.flat_map(|(_, row)| touches(row, capacity)).collect();
+            if let Some(block) = writes(row, capacity).find(|block| touched.contains(block)) {
+                return race(&block, "another row that reads it");
             }
         }
-        let (writes, touches) = footprint(batch, size);
+        let (writes, touches) = footprint(batch, capacity);
         let other = if lane == Lane::Main {
             Lane::Prefill
         } else {
             Lane::Main
         };
         for queued in &self.queues[other as usize] {
-            let (other_writes, other_touches) = footprint(&queued.batch, size);
+            let (other_writes, other_touches) = footprint(&queued.batch, capacity);
             let hit = writes.intersection(&other_touches).next();
-            if let Some(&block) = hit.or_else(|| touches.intersection(&other_writes).next()) {
+            if let Some(block) = hit.or_else(|| touches.intersection(&other_writes).next()) {
                 return race(block, "the other lane");
             }
         }
@@ -210,10 +215,14 @@ impl SimExecutor {
 
     fn run_batch(&mut self, batch: &Batch) -> Result<Vec<RowOutput>, ExecutorError> {
         let size = self.config.capacity.block_size as usize;
-        for copy in &batch.copies {
-            let src = copy.src.0 as usize * size;
-            self.cells
-                .copy_within(src..src + size, copy.dst.0 as usize * size);
+        for (copies, cells) in [
+            (&batch.copies, &mut self.cells),
+            (&batch.local_copies, &mut self.local_cells),
+        ] {
+            for copy in copies {
+                let src = copy.src.0 as usize * size;
+                cells.copy_within(src..src + size, copy.dst.0 as usize * size);
+            }
         }
         batch.rows.iter().map(|row| self.run_row(row)).collect()
     }
@@ -233,10 +242,16 @@ impl SimExecutor {
             Input::Last => &last_token,
         };
         let (model, size) = (self.model, self.config.capacity.block_size);
-        let cell = |position: u32| {
-            row.blocks[(position / size) as usize].0 as usize * size as usize
-                + (position % size) as usize
+        let at = |block: BlockId, position: u32| {
+            block.0 as usize * size as usize + (position % size) as usize
         };
+        let cell = |position: u32| at(row.blocks[(position / size) as usize], position);
+        let local_cell = |position: u32| {
+            let block = row.local.get((position / size) as usize);
+            Some(at(block?, position))
+        };
+        let window = self.config.capacity.local.map_or(0, |local| local.window);
+        let seen = (row.start + 1).saturating_sub(window)..row.start;
 
         let mut output = RowOutput::default();
         let mut history = model.start();
@@ -247,12 +262,24 @@ impl SimExecutor {
                     "slot {slot} reads position {position}: not written"
                 ))
             })?;
+            if seen.contains(&position) {
+                let local = local_cell(position).and_then(|at| self.local_cells[at]);
+                if local != Some(read) {
+                    let slot = row.slot.0;
+                    return Err(ExecutorError::Fatal(format!(
+                        "slot {slot} reads position {position}: its local KV is another's"
+                    )));
+                }
+            }
             history = model.attend(history, read.digest);
             output.failed |= self.config.fail_token == Some(read.token);
         }
         for (position, &token) in (row.start..).zip(input) {
             let digest = model.digest(history, token);
             self.cells[cell(position)] = Some(Cell { token, digest });
+            if let Some(local) = local_cell(position) {
+                self.local_cells[local] = Some(Cell { token, digest });
+            }
             history = model.attend(history, digest);
             output.failed |= self.config.fail_token == Some(token);
             if row.prompt_logprobs
@@ -352,15 +379,36 @@ fn model(config: &SimConfig) -> Model {
     }
 }
 
+/// A block of one of the two pools.
+type Block = (&'static str, BlockId);
+
+fn writes(row: &Row, capacity: &Capacity) -> impl Iterator<Item = Block> {
+    let size = capacity.block_size;
+    both(row.writes(size), row.local_writes(size))
+}
+
+fn touches(row: &Row, capacity: &Capacity) -> impl Iterator<Item = Block> {
+    let size = capacity.block_size;
+    let local = capacity.local.map(|local| row.local_touches(&local, size));
+    both(row.touches(size), local.unwrap_or_default())
+}
+
+fn both(main: &[BlockId], local: &[BlockId]) -> impl Iterator<Item = Block> {
+    let main = main.iter().map(|&block| ("main", block));
+    main.chain(local.iter().map(|&block| ("local", block)))
+}
+
 /// The blocks that a batch writes, and those that it reads or writes.
-fn footprint(batch: &Batch, block_size: u32) -> (HashSet<BlockId>, HashSet<BlockId>) {
+fn footprint(batch: &Batch, capacity: &Capacity) -> (HashSet<Block>, HashSet<Block>) {
+    let copies = batch.copies.iter().map(|copy| ("main", copy));
+    let copies = copies.chain(batch.local_copies.iter().map(|copy| ("local", copy)));
+    let copied_to = copies.clone().map(|(pool, copy)| (pool, copy.dst));
+    let copied = copies.flat_map(|(pool, copy)| [(pool, copy.src), (pool, copy.dst)]);
     let rows = &batch.rows;
-    let copied_to = batch.copies.iter().map(|copy| copy.dst);
-    let copied = batch.copies.iter().flat_map(|copy| [copy.src, copy.dst]);
-    let writes = rows.iter().flat_map(|row| row.writes(block_size)).copied();
-    let touches = rows.iter().flat_map(|row| row.touches(block_size)).copied();
+    let written = rows.iter().flat_map(|row| writes(row, capacity));
+    let touched = rows.iter().flat_map(|row| touches(row, capacity));
     (
-        writes.chain(copied_to).collect(),
-        touches.chain(copied).collect(),
+        written.chain(copied_to).collect(),
+        touched.chain(copied).collect(),
     )
 }

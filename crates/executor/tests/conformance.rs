@@ -154,6 +154,7 @@ fn each_broken_promise_is_found() {
             slots: 4,
             blocks: 40,
             block_size: 8,
+            local: None,
             max_batch_tokens: 100,
             max_seq_len: 128,
             vocab_size: 50,

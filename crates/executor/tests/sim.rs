@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use spate_executor::{
-    Batch, Bind, Capacity, Executor, ExecutorError, Input, Lane, Row, SimConfig, SimExecutor,
-    conformance,
+    Batch, Bind, Capacity, Executor, ExecutorError, Input, Lane, LocalKv, Row, SimConfig,
+    SimExecutor, conformance,
 };
-use spate_types::{BlockId, SamplingParams, Slot, TokenId};
+use spate_types::{BlockId, LocalBlocks, SamplingParams, Slot, TokenId};
 
 fn config(block_size: u32, depth: u32, lanes: &[Lane]) -> SimConfig {
     SimConfig::new(Capacity {
         slots: 4,
         blocks: 300 / block_size,
         block_size,
+        local: None,
         max_batch_tokens: 100,
         max_seq_len: 128,
         vocab_size: 50,
@@ -35,6 +36,7 @@ fn row(slot: u32, blocks: &[u32], start: u32, tokens: &[TokenId]) -> Row {
         start,
         input: Input::Tokens(tokens.to_vec()),
         blocks: Arc::new(blocks.iter().map(|&b| BlockId(b)).collect()),
+        local: LocalBlocks::default(),
         sample: true,
         prompt_logprobs: false,
     }
@@ -42,8 +44,8 @@ fn row(slot: u32, blocks: &[u32], start: u32, tokens: &[TokenId]) -> Row {
 
 fn batch(rows: Vec<Row>) -> Batch {
     Batch {
-        copies: Vec::new(),
         rows,
+        ..Batch::default()
     }
 }
 
@@ -52,7 +54,12 @@ fn conforms() {
     for block_size in [4, 16] {
         for depth in 1..=3 {
             for lanes in [&[Lane::Main][..], &[Lane::Main, Lane::Prefill]] {
-                let config = config(block_size, depth, lanes);
+                let mut config = config(block_size, depth, lanes);
+                conformance::run(&mut || Box::new(SimExecutor::new(config.clone())));
+                config.capacity.local = Some(LocalKv {
+                    window: 11,
+                    blocks: 200 / block_size,
+                });
                 conformance::run(&mut || Box::new(SimExecutor::new(config.clone())));
             }
         }

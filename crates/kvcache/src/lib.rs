@@ -10,10 +10,15 @@
 //! - *free*: no table holds it and its content is worthless;
 //! - *cached*: no table holds it, the index does;
 //! - *used*: at least one table (or the caller, see [`BlockManager::release_block`]) holds it.
+//!
+//! Layers with a sliding window may keep their KV in a pool of their own, where a table holds only
+//! the blocks that its window still sees ([`BlockManager::trim`]).
 
+mod local;
 mod lru;
 mod manager;
+mod pool;
 mod prefix;
 
-pub use manager::{BlockManager, BlockTable, OutOfBlocks, PrefixMatch};
+pub use manager::{BlockManager, BlockTable, Copies, OutOfBlocks, PrefixMatch};
 pub use prefix::PrefixIndex;

@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use spate_kvcache::{BlockManager, BlockTable, OutOfBlocks, PrefixIndex};
+use spate_kvcache::{BlockManager, BlockTable, Copies, OutOfBlocks, PrefixIndex};
 use spate_types::{BlockId, TokenId};
 
 /// Takes a sequence in as the scheduler does: cached prefix, then fresh blocks, all published.
@@ -105,7 +105,7 @@ fn hash_collisions_never_hit() {
             2
         );
     }
-    blocks.check_invariants([]);
+    blocks.check_invariants([], []);
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn the_second_to_publish_changes_over_to_the_first() {
     assert_eq!(blocks.used(), 3);
     blocks.release(a);
     blocks.release(b);
-    blocks.check_invariants([]);
+    blocks.check_invariants([], []);
 }
 
 #[test]
@@ -141,23 +141,21 @@ fn a_shared_block_is_copied_before_it_is_written() {
     let (mut a, _) = run(&mut blocks, None, &[1, 2, 3, 4, 5]);
     let mut b = blocks.fork(&a, 5);
     assert_eq!(ids(&a), ids(&b));
-    let copy = blocks.reserve(&mut b, 4, 5).unwrap();
-    assert_eq!(copy, Some((BlockId(1), BlockId(2))));
+    let copies = blocks.reserve(&mut b, 4, 5).unwrap();
+    assert_eq!(copies.main, Some((BlockId(1), BlockId(2))));
     blocks.release_block(BlockId(1));
     assert_eq!((ids(&a), ids(&b)), (vec![0, 1], vec![0, 2]));
     assert_eq!(
         blocks.reserve(&mut a, 5, 6),
-        Ok(None),
+        Ok(Copies::default()),
         "it is the only holder now"
     );
     // A published block is never written, though nobody else holds it.
-    assert_eq!(
-        blocks.reserve(&mut b, 3, 4),
-        Ok(Some((BlockId(0), BlockId(3))))
-    );
-    assert_eq!(blocks.reserve(&mut b, 8, 9), Err(OutOfBlocks));
+    let copies = blocks.reserve(&mut b, 3, 4).unwrap();
+    assert_eq!(copies.main, Some((BlockId(0), BlockId(3))));
+    assert_eq!(blocks.reserve(&mut b, 8, 9), Err(OutOfBlocks::Main));
     blocks.release_block(BlockId(0));
-    blocks.check_invariants(a.blocks().iter().chain(b.blocks().iter()).copied());
+    blocks.check_invariants(a.blocks().iter().chain(b.blocks().iter()).copied(), []);
 }
 
 #[test]
@@ -435,11 +433,12 @@ impl Both {
         let real = self
             .real
             .reserve(&mut self.tables[i], start as u32, end as u32);
-        if let Ok(Some((src, _))) = real {
+        let copy = real.ok().map(|copies| copies.main);
+        if let Some(Some((src, _))) = copy {
             self.real.release_block(src);
         }
         let naive = self.naive.reserve(i, start, end);
-        assert_eq!(real.ok().map(|copy| copy.is_some()), naive, "copied or not");
+        assert_eq!(copy.map(|copy| copy.is_some()), naive, "copied or not");
         naive.is_some()
     }
 
@@ -448,8 +447,10 @@ impl Both {
         assert_eq!(self.real.used(), naive.used());
         assert_eq!(self.real.cached() as usize, naive.cached().len());
         assert_eq!(self.real.free(), naive.free());
-        self.real
-            .check_invariants(self.tables.iter().flat_map(|t| t.blocks().iter().copied()));
+        self.real.check_invariants(
+            self.tables.iter().flat_map(|t| t.blocks().iter().copied()),
+            [],
+        );
         for (table, other) in self.tables.iter().zip(&naive.tables) {
             assert_eq!(table.len(), other.blocks.len());
             for (a, x) in table.blocks().iter().zip(&other.blocks) {

@@ -88,13 +88,14 @@ pub trait Ops {
     ) -> Result<(), Self::Error>;
 
     /// `residual += delta`, then `out = residual / rms(residual) * norm` (Zhang & Sennrich 2019).
+    /// A delta with a norm of its own is normalised in the same way before.
     ///
     /// # Errors
     /// When the device is lost.
     fn add_rms_norm(
         &mut self,
         step: &Self::Step,
-        delta: Option<&Self::Act>,
+        delta: Option<(&Self::Act, Option<&Self::Vector>)>,
         residual: &mut Self::Act,
         norm: &Self::Vector,
         out: &mut Self::Act,
@@ -113,8 +114,8 @@ pub trait Ops {
     ) -> Result<(), Self::Error>;
 
     /// Splits each row of `qkv` into query, key and value heads; normalises each query and key head
-    /// when `norms` (query's, key's) are given; rotates both; writes keys and values to the KV
-    /// cache of `layer`. The queries stay in place.
+    /// when `norms` (query's, key's) are given; rotates both as [`crate::ModelConfig::rope`] says of
+    /// `layer`; writes keys and values to the KV cache of `layer`. The queries stay in place.
     ///
     /// # Errors
     /// When the device is lost.
@@ -126,8 +127,8 @@ pub trait Ops {
         qkv: &mut Self::Act,
     ) -> Result<(), Self::Error>;
 
-    /// Causal attention of the queries in `qkv` over the KV cache of `layer`; `out` is
-    /// `[tokens, heads * head_dim]`.
+    /// Causal attention of the queries in `qkv` over the KV cache of `layer`, as far back as
+    /// [`crate::ModelConfig::window`] lets it see; `out` is `[tokens, heads * head_dim]`.
     ///
     /// # Errors
     /// When the device is lost.

@@ -1,5 +1,7 @@
 //! Small random models for tests, written as real GGUF files.
 
+pub mod hf;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -151,9 +153,11 @@ impl Drop for TempFile {
     }
 }
 
-/// Shape of a random llama model. The default takes a few hundred kilobytes.
+/// Shape of a random model. The default, a llama, takes a few hundred kilobytes.
 #[derive(Debug, Clone)]
 pub struct TinyLlama {
+    /// One of [`crate::ARCHITECTURES`].
+    pub architecture: &'static str,
     /// Of the random weights.
     pub seed: u64,
     /// Transformer blocks.
@@ -172,12 +176,15 @@ pub struct TinyLlama {
     pub context_len: u32,
     /// Format of the matrices: F32, F16, Q4_1 or Q8_0.
     pub weights: GgmlType,
-    /// Format of the value projection, to have stacked matrices of mixed formats.
+    /// Format of the value projection, to have stacked matrices of mixed formats (not for `phi3`,
+    /// whose projections are one tensor).
     pub value_weights: GgmlType,
     /// Whether the output head is the embedding table.
     pub tied: bool,
-    /// Whether query, key and value projections have a bias.
+    /// Whether query, key and value projections have a bias (not for `phi3`).
     pub bias: bool,
+    /// Sliding window; of every layer but each third for `gemma3`, of all for others.
+    pub window: Option<u32>,
     /// Llama 3's frequency factors.
     pub rope_factors: bool,
     /// A token whose embedding is not a number; needs float weights.
@@ -187,6 +194,7 @@ pub struct TinyLlama {
 impl Default for TinyLlama {
     fn default() -> Self {
         Self {
+            architecture: "llama",
             seed: 1,
             layers: 2,
             hidden: 64,
@@ -199,6 +207,7 @@ impl Default for TinyLlama {
             value_weights: GgmlType::Q8_0,
             tied: false,
             bias: false,
+            window: None,
             rope_factors: false,
             nan_token: None,
         }
@@ -216,7 +225,6 @@ pub fn tiny_llama(spec: &TinyLlama) -> Vec<u8> {
 
 /// [`tiny_llama`], not yet built.
 pub fn tiny_llama_builder(spec: &TinyLlama) -> GgufBuilder {
-    let mut rng = Normal(spec.seed ^ 0x9e37_79b9_7f4a_7c15);
     let mut g = GgufBuilder::default();
     let tokens: Vec<String> = byte_tokens()
         .map(String::from)
@@ -225,18 +233,19 @@ pub fn tiny_llama_builder(spec: &TinyLlama) -> GgufBuilder {
     let types: Vec<i32> = (0..tokens.len())
         .map(|i| if i < 256 { 1 } else { 3 })
         .collect();
-    g.str("general.architecture", "llama")
-        .str("general.name", "tiny random llama")
-        .u32("llama.block_count", spec.layers)
-        .u32("llama.context_length", spec.context_len)
-        .u32("llama.embedding_length", spec.hidden)
-        .u32("llama.feed_forward_length", spec.ffn)
-        .u32("llama.attention.head_count", spec.heads)
-        .u32("llama.attention.head_count_kv", spec.kv_heads)
-        .u32("llama.attention.key_length", spec.head_dim)
-        .u32("llama.attention.value_length", spec.head_dim)
-        .u32("llama.rope.dimension_count", spec.head_dim)
-        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    let key = |name: &str| format!("{}.{name}", spec.architecture);
+    g.str("general.architecture", spec.architecture)
+        .str("general.name", "tiny random model")
+        .u32(&key("block_count"), spec.layers)
+        .u32(&key("context_length"), spec.context_len)
+        .u32(&key("embedding_length"), spec.hidden)
+        .u32(&key("feed_forward_length"), spec.ffn)
+        .u32(&key("attention.head_count"), spec.heads)
+        .u32(&key("attention.head_count_kv"), spec.kv_heads)
+        .u32(&key("attention.key_length"), spec.head_dim)
+        .u32(&key("attention.value_length"), spec.head_dim)
+        .u32(&key("rope.dimension_count"), spec.head_dim)
+        .f32(&key("attention.layer_norm_rms_epsilon"), 1e-5)
         .str("tokenizer.ggml.model", "gpt2")
         .str("tokenizer.ggml.pre", "smollm")
         .strs("tokenizer.ggml.tokens", &tokens)
@@ -245,10 +254,18 @@ pub fn tiny_llama_builder(spec: &TinyLlama) -> GgufBuilder {
         .u32("tokenizer.ggml.bos_token_id", 257)
         .u32("tokenizer.ggml.eos_token_id", 258)
         .str("tokenizer.chat_template", CHATML);
+    if let Some(window) = spec.window {
+        g.u32(&key("attention.sliding_window"), window);
+    }
+    if spec.architecture == "gemma3" {
+        g.u32(&key("attention.sliding_window_pattern"), 3);
+    }
+    tiny_weights(spec, tokens.len() as u64, &mut g);
+    g
+}
 
-    let [h, ffn, vocab] = [spec.hidden, spec.ffn, tokens.len() as u32].map(u64::from);
-    let q = u64::from(spec.heads * spec.head_dim);
-    let kv = u64::from(spec.kv_heads * spec.head_dim);
+fn tiny_weights(spec: &TinyLlama, vocab: u64, g: &mut GgufBuilder) {
+    let mut rng = Normal(spec.seed ^ 0x9e37_79b9_7f4a_7c15);
     let mut matrix = |g: &mut GgufBuilder, name: &str, cols: u64, rows: u64, kind: GgmlType| {
         // Unit variance of the outputs for unit variance of the inputs, times two: random weights
         // of that size give logits that differ clearly.
@@ -259,42 +276,56 @@ pub fn tiny_llama_builder(spec: &TinyLlama) -> GgufBuilder {
         }
         g.floats(&format!("{name}.weight"), &[cols, rows], kind, &values);
     };
-    let ones = |g: &mut GgufBuilder, name: &str, len: u64, value: f32| {
+    let vector = |g: &mut GgufBuilder, name: &str, len: u64, value: f32| {
         let values = vec![value; len as usize];
         g.floats(name, &[len], GgmlType::F32, &values);
     };
+    let mut norms = Normal(spec.seed);
+    let mut norm = |g: &mut GgufBuilder, name: &str, len: u64| {
+        let values: Vec<f32> = (0..len).map(|_| 1.0 + 0.1 * norms.next()).collect();
+        g.floats(&format!("{name}.weight"), &[len], GgmlType::F32, &values);
+    };
+    let [h, ffn, dim] = [spec.hidden, spec.ffn, spec.head_dim].map(u64::from);
+    let (q, kv) = (u64::from(spec.heads) * dim, u64::from(spec.kv_heads) * dim);
     let kind = spec.weights;
-    matrix(&mut g, "token_embd", h, vocab, kind);
+    matrix(g, "token_embd", h, vocab, kind);
     if !spec.tied {
-        matrix(&mut g, "output", h, vocab, kind);
+        matrix(g, "output", h, vocab, kind);
     }
-    ones(&mut g, "output_norm.weight", h, 1.0);
+    norm(g, "output_norm", h);
     if spec.rope_factors {
-        ones(
-            &mut g,
-            "rope_freqs.weight",
-            u64::from(spec.head_dim / 2),
-            1.5,
-        );
+        vector(g, "rope_freqs.weight", dim / 2, 1.5);
     }
     for i in 0..spec.layers {
         let name = |suffix: &str| format!("blk.{i}.{suffix}");
-        ones(&mut g, &name("attn_norm.weight"), h, 1.0);
-        ones(&mut g, &name("ffn_norm.weight"), h, 1.0);
-        matrix(&mut g, &name("attn_q"), h, q, kind);
-        matrix(&mut g, &name("attn_k"), h, kv, kind);
-        matrix(&mut g, &name("attn_v"), h, kv, spec.value_weights);
-        matrix(&mut g, &name("attn_output"), q, h, kind);
-        matrix(&mut g, &name("ffn_gate"), h, ffn, kind);
-        matrix(&mut g, &name("ffn_up"), h, ffn, kind);
-        matrix(&mut g, &name("ffn_down"), ffn, h, kind);
+        norm(g, &name("attn_norm"), h);
+        norm(g, &name("ffn_norm"), h);
+        if spec.architecture == "phi3" {
+            matrix(g, &name("attn_qkv"), h, q + 2 * kv, kind);
+            matrix(g, &name("ffn_up"), h, 2 * ffn, kind);
+        } else {
+            matrix(g, &name("attn_q"), h, q, kind);
+            matrix(g, &name("attn_k"), h, kv, kind);
+            matrix(g, &name("attn_v"), h, kv, spec.value_weights);
+            matrix(g, &name("ffn_gate"), h, ffn, kind);
+            matrix(g, &name("ffn_up"), h, ffn, kind);
+        }
+        matrix(g, &name("attn_output"), q, h, kind);
+        matrix(g, &name("ffn_down"), ffn, h, kind);
         if spec.bias {
-            ones(&mut g, &name("attn_q.bias"), q, 0.25);
-            ones(&mut g, &name("attn_k.bias"), kv, -0.25);
-            ones(&mut g, &name("attn_v.bias"), kv, 0.5);
+            vector(g, &name("attn_q.bias"), q, 0.25);
+            vector(g, &name("attn_k.bias"), kv, -0.25);
+            vector(g, &name("attn_v.bias"), kv, 0.5);
+        }
+        if matches!(spec.architecture, "qwen3" | "gemma3") {
+            norm(g, &name("attn_q_norm"), dim);
+            norm(g, &name("attn_k_norm"), dim);
+        }
+        if spec.architecture == "gemma3" {
+            norm(g, &name("post_attention_norm"), h);
+            norm(g, &name("post_ffw_norm"), h);
         }
     }
-    g
 }
 
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + \

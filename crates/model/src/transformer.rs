@@ -80,17 +80,20 @@ impl<O: Ops> Transformer<O> {
         for i in layers {
             let (w, activation) = (&weights.layers[i], self.config.activation);
             // A block's output is added by the next block's norm: one pass over memory, not two.
-            let delta = (i > 0).then_some(&a.delta);
+            let before = i.checked_sub(1).map(|i| &weights.layers[i]);
+            let delta = before.map(|w| (&a.delta, w.ffn_post_norm.as_ref()));
             ops.add_rms_norm(step, delta, &mut a.residual, &w.attn_norm, &mut a.normed)?;
             Self::attention(ops, step, i, w, a)?;
-            let delta = Some(&a.delta);
+            let delta = Some((&a.delta, w.attn_post_norm.as_ref()));
             ops.add_rms_norm(step, delta, &mut a.residual, &w.ffn_norm, &mut a.normed)?;
             ops.linear(step, &w.gate_up, &a.normed, &mut a.gate_up)?;
             ops.act_mul(step, activation, &a.gate_up, &mut a.gated)?;
             ops.linear(step, &w.down, &a.gated, &mut a.delta)?;
         }
         if last {
-            let (delta, norm) = (Some(&a.delta), &weights.final_norm);
+            let before = weights.layers.last();
+            let delta = before.map(|w| (&a.delta, w.ffn_post_norm.as_ref()));
+            let norm = &weights.final_norm;
             ops.add_rms_norm(step, delta, &mut a.residual, norm, &mut a.normed)?;
             ops.check(step, &a.normed)?;
             let head = weights.head.as_ref().unwrap_or(&weights.embedding);

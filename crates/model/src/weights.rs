@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use crate::quant::dequantize;
-use crate::{Gguf, Loader, MatrixPart, MatrixSource, ModelConfig, ModelError, TensorInfo};
+use crate::{Checkpoint, Loader, MatrixPart, MatrixSource, ModelConfig, ModelError, TensorInfo};
 
 #[cfg(test)]
 mod tests;
@@ -32,12 +32,16 @@ pub struct LayerWeights<M, V> {
     pub qk_norms: Option<(V, V)>,
     /// Attention output projection.
     pub attn_out: M,
+    /// Norm of the attention block's output.
+    pub attn_post_norm: Option<V>,
     /// Norm before the feed-forward block.
     pub ffn_norm: V,
     /// Gate and up projections, stacked.
     pub gate_up: M,
     /// Down projection.
     pub down: M,
+    /// Norm of the feed-forward block's output.
+    pub ffn_post_norm: Option<V>,
 }
 
 /// Why loading failed.
@@ -51,35 +55,34 @@ pub enum LoadError<E> {
     Backend(E),
 }
 
-/// Factors by which Llama 3's long-context scaling divides the rotary frequencies, one per pair.
-///
-/// # Errors
-/// When the tensor has a wrong shape or can't be read.
-pub fn rope_factors(gguf: &Gguf, config: &ModelConfig) -> Result<Option<Vec<f32>>, ModelError> {
-    let Some(tensor) = gguf.tensor(ROPE_FACTORS) else {
-        return Ok(None);
-    };
-    expect_dims(gguf, tensor, &[config.rope.dims / 2])?;
-    let factors = read_vector(gguf, tensor)?;
-    if factors.iter().any(|f| !(*f > 0.0 && f.is_finite())) {
-        return Err(gguf.error(format!(
-            "`{ROPE_FACTORS}` has a factor that is not positive"
-        )));
-    }
-    Ok(Some(factors))
+/// Tensors of GGUF files that belong to the configuration: divisors of the rotary frequencies, one
+/// per pair.
+pub(crate) mod rope_tensor {
+    /// Llama 3's.
+    pub(crate) const DIVISORS: &str = "rope_freqs.weight";
+    /// LongRoPE's for short contexts.
+    pub(crate) const SHORT: &str = "rope_factors_short.weight";
+    /// LongRoPE's for long contexts.
+    pub(crate) const LONG: &str = "rope_factors_long.weight";
 }
 
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// Checks that every tensor is there, has the shape that `config` says, and that there is none that
+/// nobody would use (ignoring one would silently give wrong results).
+///
+/// # Errors
+/// As said.
+pub fn check_tensors(model: &dyn Checkpoint, config: &ModelConfig) -> Result<(), ModelError> {
+    Plan::new(model, config).map(|_| ())
+}
 
 impl<M: Send, V: Send> Weights<M, V> {
-    /// Reads all weights on `threads` threads, after checking that every tensor is there, has the
-    /// shape that `config` says, and that the file holds no tensor that nobody would use (ignoring
-    /// one would silently give wrong results). Calls `progress` with the share of bytes done.
+    /// Reads all weights on `threads` threads, after [`check_tensors`]. Calls `progress` with the
+    /// share of bytes done.
     ///
     /// # Errors
-    /// As said, and when a read or the backend fails.
+    /// When the check, a read or the backend fails.
     pub fn load<L>(
-        gguf: &Gguf,
+        model: &dyn Checkpoint,
         config: &ModelConfig,
         loader: &L,
         threads: usize,
@@ -88,7 +91,7 @@ impl<M: Send, V: Send> Weights<M, V> {
     where
         L: Loader<Matrix = M, Vector = V>,
     {
-        let plan = Plan::new(gguf, config)?;
+        let plan = Plan::new(model, config)?;
         // The largest tables first, so that no thread is left with one of them at the end.
         let mut jobs: Vec<Job> = vec![Job::Matrix(&plan.embedding)];
         jobs.extend(plan.head.as_ref().map(Job::Matrix));
@@ -107,7 +110,7 @@ impl<M: Send, V: Send> Weights<M, V> {
                         let i = next.fetch_add(1, Ordering::Relaxed);
                         jobs.get(i).map(|job| (i, job))
                     } {
-                        let loaded = job.run(gguf, loader);
+                        let loaded = job.run(model, loader);
                         let failed = loaded.is_err();
                         // The receiver leaves early only after another job's failure.
                         if sender.send((i, loaded)).is_err() || failed {
@@ -182,12 +185,13 @@ impl Job<'_> {
         }
     }
 
-    fn run<L: Loader>(&self, gguf: &Gguf, loader: &L) -> LoadedBy<L> {
+    fn run<L: Loader>(&self, model: &dyn Checkpoint, loader: &L) -> LoadedBy<L> {
         let vector = |info| {
-            let values = read_vector(gguf, info)?;
+            let values = read_vector(model, info)?;
             loader.vector(&values).map_err(LoadError::Backend)
         };
-        let matrix = |plan: &MatrixPlan| plan.load(gguf, loader);
+        let optional = |info: Option<_>| info.map(vector).transpose();
+        let matrix = |plan: &MatrixPlan| plan.load(model, loader);
         Ok(match self {
             Job::Matrix(plan) => Loaded::Matrix(matrix(plan)?),
             Job::Vector(info) => Loaded::Vector(vector(info)?),
@@ -199,9 +203,11 @@ impl Job<'_> {
                     None => None,
                 },
                 attn_out: matrix(&plan.attn_out)?,
+                attn_post_norm: optional(plan.attn_post_norm)?,
                 ffn_norm: vector(plan.ffn_norm)?,
                 gate_up: matrix(&plan.gate_up)?,
                 down: matrix(&plan.down)?,
+                ffn_post_norm: optional(plan.ffn_post_norm)?,
             })),
         })
     }
@@ -220,43 +226,47 @@ struct LayerPlan<'a> {
     qkv: MatrixPlan<'a>,
     qk_norms: Option<(&'a TensorInfo, &'a TensorInfo)>,
     attn_out: MatrixPlan<'a>,
+    attn_post_norm: Option<&'a TensorInfo>,
     ffn_norm: &'a TensorInfo,
     gate_up: MatrixPlan<'a>,
     down: MatrixPlan<'a>,
+    ffn_post_norm: Option<&'a TensorInfo>,
 }
 
 struct MatrixPlan<'a> {
     cols: usize,
-    parts: Vec<(&'a TensorInfo, usize)>,
-    /// One per part, or none.
+    /// Each with the rows of the maps that lie in it one after another.
+    tensors: Vec<(&'a TensorInfo, Vec<usize>)>,
+    /// One per tensor, or none.
     biases: Vec<&'a TensorInfo>,
 }
 
 impl<'a> Plan<'a> {
-    fn new(gguf: &'a Gguf, c: &ModelConfig) -> Result<Self, ModelError> {
+    fn new(model: &'a dyn Checkpoint, c: &ModelConfig) -> Result<Self, ModelError> {
         let mut finder = Finder {
-            gguf,
+            model,
             used: HashSet::new(),
         };
         let f = &mut finder;
         let plan = Self {
-            embedding: f.matrix(&[("token_embd", c.vocab_size)], c.hidden)?,
+            embedding: f.matrix(&[("token_embd", &[c.vocab_size])], c.hidden)?,
             final_norm: f.vector("output_norm.weight", c.hidden)?,
-            head: match gguf.tensor("output.weight") {
-                Some(_) => Some(f.matrix(&[("output", c.vocab_size)], c.hidden)?),
+            head: match model.tensor("output.weight") {
+                Some(_) => Some(f.matrix(&[("output", &[c.vocab_size])], c.hidden)?),
                 None => None,
             },
             layers: (0..c.layers)
                 .map(|i| LayerPlan::new(f, c, i))
                 .collect::<Result<_, _>>()?,
         };
-        finder.used.insert(ROPE_FACTORS.to_owned());
-        if let Some(t) = gguf
+        let rope = [rope_tensor::DIVISORS, rope_tensor::SHORT, rope_tensor::LONG];
+        finder.used.extend(rope.map(str::to_owned));
+        if let Some(t) = model
             .tensors()
             .iter()
             .find(|t| !finder.used.contains(&t.name))
         {
-            return Err(gguf.error(format!(
+            return Err(model.error(format!(
                 "tensor `{}` is not known for architecture `{}`",
                 t.name, c.architecture
             )));
@@ -268,57 +278,73 @@ impl<'a> Plan<'a> {
 impl<'a> LayerPlan<'a> {
     fn new(f: &mut Finder<'a>, c: &ModelConfig, layer: usize) -> Result<Self, ModelError> {
         let name = |suffix: &str| format!("blk.{layer}.{suffix}");
-        let [q, k, v] = ["attn_q", "attn_k", "attn_v"].map(name);
+        let [q, k, v, qkv] = ["attn_q", "attn_k", "attn_v", "attn_qkv"].map(name);
         let [gate, up] = ["ffn_gate", "ffn_up"].map(name);
+        let (q_width, kv_width) = (c.q_width(), c.kv_width());
+        let norm = |f: &mut Finder<'a>, wanted: bool, suffix: &str, len: usize| {
+            let find = || f.vector(&name(suffix), len);
+            wanted.then(find).transpose()
+        };
+        let q_norm = norm(f, c.qk_norm, "attn_q_norm.weight", c.head_dim)?;
+        let k_norm = norm(f, c.qk_norm, "attn_k_norm.weight", c.head_dim)?;
+        // Phi 3 stores what reads the same input as one tensor, gate and up under the name of up.
+        let qkv: &[(&str, &[usize])] = match f.rows(&qkv) {
+            Some(_) => &[(&qkv, &[q_width, kv_width, kv_width])],
+            None => &[(&q, &[q_width]), (&k, &[kv_width]), (&v, &[kv_width])],
+        };
+        let gate_up: &[(&str, &[usize])] = match f.rows(&up) {
+            Some(rows) if rows == 2 * c.ffn as u64 => &[(&up, &[c.ffn, c.ffn])],
+            _ => &[(&gate, &[c.ffn]), (&up, &[c.ffn])],
+        };
         Ok(Self {
             attn_norm: f.vector(&name("attn_norm.weight"), c.hidden)?,
-            qkv: f.matrix(
-                &[(&q, c.q_width()), (&k, c.kv_width()), (&v, c.kv_width())],
-                c.hidden,
-            )?,
-            qk_norms: if c.qk_norm {
-                Some((
-                    f.vector(&name("attn_q_norm.weight"), c.head_dim)?,
-                    f.vector(&name("attn_k_norm.weight"), c.head_dim)?,
-                ))
-            } else {
-                None
-            },
-            attn_out: f.matrix(&[(&name("attn_output"), c.hidden)], c.q_width())?,
+            qkv: f.matrix(qkv, c.hidden)?,
+            qk_norms: q_norm.zip(k_norm),
+            attn_out: f.matrix(&[(&name("attn_output"), &[c.hidden])], q_width)?,
+            attn_post_norm: norm(f, c.post_norms, "post_attention_norm.weight", c.hidden)?,
             ffn_norm: f.vector(&name("ffn_norm.weight"), c.hidden)?,
-            gate_up: f.matrix(&[(&gate, c.ffn), (&up, c.ffn)], c.hidden)?,
-            down: f.matrix(&[(&name("ffn_down"), c.hidden)], c.ffn)?,
+            gate_up: f.matrix(gate_up, c.hidden)?,
+            down: f.matrix(&[(&name("ffn_down"), &[c.hidden])], c.ffn)?,
+            ffn_post_norm: norm(f, c.post_norms, "post_ffw_norm.weight", c.hidden)?,
         })
     }
 }
 
 impl MatrixPlan<'_> {
     fn bytes(&self) -> usize {
-        self.parts.iter().map(|(info, _)| info.bytes).sum()
+        self.tensors.iter().map(|(info, _)| info.bytes).sum()
     }
 
-    fn load<L: Loader>(&self, gguf: &Gguf, loader: &L) -> Result<L::Matrix, LoadError<L::Error>> {
+    fn load<L: Loader>(
+        &self,
+        model: &dyn Checkpoint,
+        loader: &L,
+    ) -> Result<L::Matrix, LoadError<L::Error>> {
         let mut bytes = Vec::with_capacity(self.bytes());
-        for (info, _) in &self.parts {
-            gguf.read(info, &mut bytes)?;
+        for (info, _) in &self.tensors {
+            model.read(info, &mut bytes)?;
         }
         let mut bias = Vec::new();
         for info in &self.biases {
-            bias.extend(read_vector(gguf, info)?);
+            bias.extend(read_vector(model, info)?);
         }
         let mut rest = bytes.as_slice();
-        let parts = self.parts.iter().map(|&(info, rows)| {
-            let (bytes, tail) = rest.split_at(info.bytes);
-            rest = tail;
-            MatrixPart {
-                ggml_type: info.ggml_type,
-                rows,
-                bytes,
+        let mut parts = Vec::new();
+        for (info, maps) in &self.tensors {
+            let row_bytes = info.bytes / maps.iter().sum::<usize>();
+            for &rows in maps {
+                let (bytes, tail) = rest.split_at(rows * row_bytes);
+                rest = tail;
+                parts.push(MatrixPart {
+                    ggml_type: info.ggml_type,
+                    rows,
+                    bytes,
+                });
             }
-        });
+        }
         let source = MatrixSource {
             cols: self.cols,
-            parts: parts.collect(),
+            parts,
             bias: (!self.biases.is_empty()).then_some(bias),
         };
         loader.matrix(source).map_err(LoadError::Backend)
@@ -327,17 +353,17 @@ impl MatrixPlan<'_> {
 
 /// Looks tensors up, checks their shapes and remembers which were used.
 struct Finder<'a> {
-    gguf: &'a Gguf,
+    model: &'a dyn Checkpoint,
     used: HashSet<String>,
 }
 
 impl<'a> Finder<'a> {
     fn find(&mut self, name: &str, dims: &[usize]) -> Result<&'a TensorInfo, ModelError> {
         let tensor = self
-            .gguf
+            .model
             .tensor(name)
-            .ok_or_else(|| self.gguf.error(format!("tensor `{name}` is missing")))?;
-        expect_dims(self.gguf, tensor, dims)?;
+            .ok_or_else(|| self.model.error(format!("tensor `{name}` is missing")))?;
+        expect_dims(self.model, tensor, dims)?;
         self.used.insert(name.to_owned());
         Ok(tensor)
     }
@@ -346,23 +372,30 @@ impl<'a> Finder<'a> {
         self.find(name, &[len])
     }
 
-    /// `<name>.weight` of each part, and either all or none of `<name>.bias`.
+    /// Rows of the matrix `<name>.weight`, if there is one.
+    fn rows(&self, name: &str) -> Option<u64> {
+        let tensor = self.model.tensor(&format!("{name}.weight"))?;
+        tensor.dims.get(1).copied()
+    }
+
+    /// `<name>.weight` of each tensor, and either all or none of `<name>.bias`.
     fn matrix(
         &mut self,
-        parts: &[(&str, usize)],
+        tensors: &[(&str, &[usize])],
         cols: usize,
     ) -> Result<MatrixPlan<'a>, ModelError> {
         let mut plan = MatrixPlan {
             cols,
-            parts: Vec::new(),
+            tensors: Vec::new(),
             biases: Vec::new(),
         };
-        let biased = parts
+        let biased = tensors
             .iter()
-            .any(|(name, _)| self.gguf.tensor(&format!("{name}.bias")).is_some());
-        for &(name, rows) in parts {
+            .any(|(name, _)| self.model.tensor(&format!("{name}.bias")).is_some());
+        for &(name, maps) in tensors {
+            let rows = maps.iter().sum();
             let info = self.find(&format!("{name}.weight"), &[cols, rows])?;
-            plan.parts.push((info, rows));
+            plan.tensors.push((info, maps.to_vec()));
             if biased {
                 plan.biases
                     .push(self.find(&format!("{name}.bias"), &[rows])?);
@@ -372,7 +405,11 @@ impl<'a> Finder<'a> {
     }
 }
 
-fn expect_dims(gguf: &Gguf, tensor: &TensorInfo, dims: &[usize]) -> Result<(), ModelError> {
+fn expect_dims(
+    model: &dyn Checkpoint,
+    tensor: &TensorInfo,
+    dims: &[usize],
+) -> Result<(), ModelError> {
     if tensor
         .dims
         .iter()
@@ -381,17 +418,20 @@ fn expect_dims(gguf: &Gguf, tensor: &TensorInfo, dims: &[usize]) -> Result<(), M
     {
         return Ok(());
     }
-    Err(gguf.error(format!(
+    Err(model.error(format!(
         "tensor `{}` has the dimensions {:?}, the configuration says {dims:?}",
         tensor.name, tensor.dims
     )))
 }
 
-fn read_vector(gguf: &Gguf, tensor: &TensorInfo) -> Result<Vec<f32>, ModelError> {
+pub(crate) fn read_vector(
+    model: &dyn Checkpoint,
+    tensor: &TensorInfo,
+) -> Result<Vec<f32>, ModelError> {
     let mut bytes = Vec::new();
-    gguf.read(tensor, &mut bytes)?;
+    model.read(tensor, &mut bytes)?;
     let mut values = vec![0.0; tensor.dims.iter().product::<u64>() as usize];
     dequantize(tensor.ggml_type, &bytes, &mut values)
-        .map_err(|e| gguf.error(format!("tensor `{}`: {e}", tensor.name)))?;
+        .map_err(|e| model.error(format!("tensor `{}`: {e}", tensor.name)))?;
     Ok(values)
 }

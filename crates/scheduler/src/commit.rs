@@ -22,6 +22,9 @@ impl Scheduler {
         for block in step.retired_blocks {
             self.blocks.release_block(block);
         }
+        for block in step.retired_local {
+            self.blocks.release_local_block(block);
+        }
         for slot in step.retired_slots {
             self.slots.release(slot);
         }
@@ -94,6 +97,9 @@ impl Scheduler {
                 .into_iter()
                 .for_each(|block| self.blocks.release_block(block)),
         }
+        // Rows in flight start behind this one, and so does what comes, but for siblings, which
+        // begin with its last position.
+        self.blocks.trim(&mut seq.table, row.end - 1);
         let id = seq.id;
         // Not before it samples: were it recomputing on the prefill lane, it would go on writing
         // there to the block that its siblings copy on the main one.
@@ -122,8 +128,14 @@ impl Scheduler {
                 .is_some_and(|(&head, _)| head == sibling);
             let room = self.running.len() < self.config.max_num_seqs as usize
                 && self.slots.available() > 0
-                && self.blocks.available() > policy::reserve_blocks(self.capacity.blocks) + forked;
-            if first && room {
+                && self.blocks.available() > policy::reserve_blocks(self.capacity.blocks) + forked
+                && self.blocks.local_available() > forked;
+            // Not if it was preempted before its first token came and is past the prompt now.
+            let table = &self.running[&rank].table;
+            let sees = self
+                .blocks
+                .sees_back_from(table, shared.prompt.len() as u32 - 1);
+            if first && room && sees {
                 self.fork(rank, sibling);
                 forked += 1;
             }

@@ -1,9 +1,9 @@
 use std::collections::HashSet;
 
-use spate_executor::Lane;
+use spate_executor::{Lane, LocalKv};
 use spate_types::BlockId;
 
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Scheduler, StepRow};
 use crate::sequence::{Rank, Sequence};
 
 impl Scheduler {
@@ -17,7 +17,8 @@ impl Scheduler {
         self.check_sequences();
         self.check_requests();
         if self.is_idle() {
-            assert_eq!(self.blocks.used(), 0, "idle, but blocks are held");
+            let used = (self.blocks.used(), self.blocks.local_used());
+            assert_eq!(used, (0, 0), "idle, but blocks are held");
             assert!(self.deadlines.is_empty(), "idle, but a deadline is pending");
         }
     }
@@ -33,10 +34,20 @@ impl Scheduler {
         let steps = self.in_flight.iter().flatten();
         let retired = steps.clone().flat_map(|step| &step.retired_blocks);
         let held: Vec<BlockId> = tables.chain(retired).copied().collect();
-        self.blocks.check_invariants(held.iter().copied());
+        let tables = self
+            .sequences()
+            .flat_map(|(_, seq)| seq.table.local().blocks.iter());
+        let retired = steps.clone().flat_map(|step| &step.retired_local);
+        let held_local: Vec<BlockId> = tables.chain(retired).copied().collect();
+        self.blocks
+            .check_invariants(held.iter().copied(), held_local.iter().copied());
         let held: HashSet<BlockId> = held.into_iter().collect();
+        let held_local: HashSet<BlockId> = held_local.into_iter().collect();
         for row in steps.flat_map(|step| &step.rows) {
-            let pinned = row.blocks.iter().all(|block| held.contains(block));
+            let pinned = row.blocks.iter().all(|block| held.contains(block))
+                && self
+                    .local_blocks(row)
+                    .all(|block| held_local.contains(&block));
             assert!(
                 pinned,
                 "{:?}: a block of its row in flight is not held",
@@ -50,6 +61,18 @@ impl Scheduler {
             .flatten()
             .flat_map(|step| &step.retired_slots);
         self.slots.check_invariants(slots.chain(retired.copied()));
+    }
+
+    /// The local blocks that a row in flight reads or writes.
+    fn local_blocks(&self, row: &StepRow) -> impl Iterator<Item = BlockId> {
+        let size = self.capacity.block_size;
+        let first = |local: &LocalKv| local.first_seen(row.start, size);
+        let range = self.capacity.local.as_ref().map(first);
+        let range = range.map_or(0..0, |first| first..row.end.div_ceil(size));
+        range.map(|i| {
+            let block = row.local.get(i as usize);
+            block.expect("the contract was kept: its local blocks cover what it sees")
+        })
     }
 
     fn check_sequences(&self) {

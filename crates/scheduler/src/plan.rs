@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use spate_executor::{Batch, Bind, BlockCopy, Input, Lane, Row};
-use spate_kvcache::PrefixMatch;
+use spate_kvcache::{Copies, OutOfBlocks, PrefixMatch};
 use spate_types::Micros;
 
 use crate::policy;
@@ -14,6 +14,19 @@ struct Draft {
     budget: u32,
     batch: Batch,
     step: Step,
+}
+
+impl Draft {
+    fn copy(&mut self, copies: Copies) {
+        if let Some((src, dst)) = copies.main {
+            self.batch.copies.push(BlockCopy { src, dst });
+            self.step.retired_blocks.push(src);
+        }
+        if let Some((src, dst)) = copies.local {
+            self.batch.local_copies.push(BlockCopy { src, dst });
+            self.step.retired_local.push(src);
+        }
+    }
 }
 
 impl Scheduler {
@@ -29,6 +42,7 @@ impl Scheduler {
             number: self.next_step,
             rows: Vec::new(),
             retired_blocks: Vec::new(),
+            retired_local: Vec::new(),
             retired_slots: Vec::new(),
         };
         let budget = self
@@ -43,6 +57,7 @@ impl Scheduler {
         };
 
         let (decodes, prompts) = self.runnable(lane);
+        self.favour_first(&mut draft, &decodes, &prompts);
         for rank in decodes.into_iter().chain(prompts) {
             self.plan_row(&mut draft, rank);
         }
@@ -71,6 +86,21 @@ impl Scheduler {
             }
         }
         (decodes, prompts)
+    }
+
+    /// The first in line always progresses. If it is at its prompt, whose rows come after the
+    /// decodes, it gets its room while no row of this step protects who must give way.
+    fn favour_first(&mut self, draft: &mut Draft, decodes: &[Rank], prompts: &[Rank]) {
+        let Some(&first) = prompts.first() else {
+            return;
+        };
+        if decodes.first().is_none_or(|&decode| first < decode) {
+            let seq = &self.running[&first];
+            let budget = draft.budget.saturating_sub(decodes.len() as u32);
+            let (start, end) = (seq.planned, seq.planned + seq.remaining().min(budget));
+            // Whether there was room shows when its turn comes.
+            let _room = start < end && self.make_room(draft, first, start, end);
+        }
     }
 
     /// Adds a row for a running sequence, unless the budget is used up or memory is short.
@@ -107,6 +137,7 @@ impl Scheduler {
             start,
             input: input(seq, start, end),
             blocks: Arc::clone(seq.table.blocks()),
+            local: seq.table.local().clone(),
             sample: end == seq.len(),
             prompt_logprobs: wants_logprobs && start + 1 < seq.prompt_len(),
         };
@@ -122,6 +153,7 @@ impl Scheduler {
             end,
             sample: row.sample,
             blocks: Arc::clone(&row.blocks),
+            local: row.local.clone(),
         });
         draft.batch.rows.push(row);
     }
@@ -130,27 +162,26 @@ impl Scheduler {
     fn make_room(&mut self, draft: &mut Draft, rank: Rank, start: u32, end: u32) -> bool {
         loop {
             let seq = self.running.get_mut(&rank).expect("the caller found it");
-            if let Ok(copy) = self.blocks.reserve(&mut seq.table, start, end) {
-                if let Some((src, dst)) = copy {
-                    draft.batch.copies.push(BlockCopy { src, dst });
-                    draft.step.retired_blocks.push(src);
+            match self.blocks.reserve(&mut seq.table, start, end) {
+                Ok(copies) => {
+                    draft.copy(copies);
+                    return true;
                 }
-                return true;
+                // Its own steps will leave blocks behind the window.
+                Err(OutOfBlocks::Local) if seq.in_flight > 0 => return false,
+                Err(_) => {}
             }
             // Blocks that will come free are waited for before anybody loses its own.
-            let coming = self
-                .in_flight
-                .iter()
-                .flatten()
-                .any(|s| !s.retired_blocks.is_empty());
-            if coming {
+            let mut steps = self.in_flight.iter().flatten();
+            if steps.any(|s| !s.retired_blocks.is_empty() || !s.retired_local.is_empty()) {
                 return false;
             }
-            let Some(victim) = policy::victim(&self.running, rank) else {
+            let victim = policy::victim(&self.running, rank);
+            // Those that have a row in this step keep what it reads.
+            let spared = |victim: &Rank| self.running[victim].last_step == draft.step.number;
+            let Some(victim) = victim.filter(|victim| !spared(victim)) else {
                 return false;
             };
-            // Rows are planned in line order, and only decodes ever need more room.
-            debug_assert_ne!(self.running[&victim].last_step, draft.step.number);
             self.preempt(victim);
         }
     }
@@ -184,10 +215,11 @@ impl Scheduler {
     /// Moves the head of the line to the running sequences, with the blocks for all its tokens.
     fn start_head(&mut self, lane: Lane, now: Micros) -> Option<Rank> {
         let (&rank, seq) = self.waiting.first_key_value()?;
-        let available = self.blocks.available();
+        let available = [self.blocks.available(), self.blocks.local_available()];
+        let more = |had: [u32; 2]| available[0] > had[0] || available[1] > had[1];
         if self
             .starved
-            .is_some_and(|(who, had)| who == rank && available <= had)
+            .is_some_and(|(who, had)| who == rank && !more(had))
         {
             return None;
         }
@@ -214,7 +246,10 @@ impl Scheduler {
             return None;
         }
         let needed = policy::blocks_to_start(seq, &self.capacity).saturating_sub(found.len());
-        if needed + found.unreferenced() > available {
+        let needed_local = policy::local_blocks_to_start(seq, &self.capacity, &found);
+        if needed + found.unreferenced() > available[0]
+            || needed_local + found.local_unreferenced() > available[1]
+        {
             self.starved = Some((rank, available));
             return None;
         }
@@ -223,8 +258,8 @@ impl Scheduler {
         seq.table = self.blocks.adopt(found, seq.request.cache_salt.clone());
         let len = seq.len();
         self.blocks
-            .reserve(&mut seq.table, cached, len)
-            .expect("the blocks were counted, and none of the new ones is shared");
+            .extend(&mut seq.table, len)
+            .expect("the blocks were counted");
         seq.planned = cached;
         seq.committed = cached;
         seq.lane = start_lane;

@@ -13,7 +13,8 @@
 
 use std::collections::BTreeMap;
 
-use spate_executor::{Capacity, Lane};
+use spate_executor::{Capacity, Lane, LocalKv};
+use spate_kvcache::PrefixMatch;
 
 use crate::sequence::{Rank, Sequence};
 
@@ -29,6 +30,20 @@ pub(crate) fn blocks_to_start(seq: &Sequence, capacity: &Capacity) -> u32 {
     let now = seq.len().div_ceil(capacity.block_size);
     let lifetime = (seq.limit - 1).div_ceil(capacity.block_size);
     (now + reserve_blocks(capacity.blocks)).min(lifetime)
+}
+
+/// The same in the pool of layers with a sliding window, beside the blocks that were found there: all
+/// its tokens, or what the largest step needs of it.
+pub(crate) fn local_blocks_to_start(
+    seq: &Sequence,
+    capacity: &Capacity,
+    found: &PrefixMatch,
+) -> u32 {
+    let (size, tokens) = (capacity.block_size, capacity.max_batch_tokens);
+    capacity.local.map_or(0, |local| {
+        let step = LocalKv::least_blocks(local.window, size, tokens) - found.local_len();
+        (seq.len().div_ceil(size) - found.len()).min(step)
+    })
 }
 
 /// Where a sequence with `uncached` positions to compute starts.

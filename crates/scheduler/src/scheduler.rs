@@ -1,11 +1,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use spate_executor::Capacity;
+use spate_executor::{Capacity, LocalKv};
 use spate_kvcache::BlockManager;
 use spate_types::{
-    BlockId, BlockIds, FinishReason, GenerationRequest, Micros, RequestId, SeqId, Slot, Timings,
-    Usage,
+    BlockId, BlockIds, FinishReason, GenerationRequest, LocalBlocks, Micros, RequestId, SeqId,
+    Slot, Timings, Usage,
 };
 
 use crate::sequence::{Rank, Sequence};
@@ -58,9 +58,9 @@ pub struct Scheduler {
     pub(crate) in_flight: [VecDeque<Step>; 2],
     pub(crate) next_step: u64,
     next_arrival: u64,
-    /// The head of the line that could not start, and the blocks that were available then: it is
-    /// not looked at again (a prefix lookup takes time) before there are more.
-    pub(crate) starved: Option<(Rank, u32)>,
+    /// The head of the line that could not start, and the blocks that were available then, in both
+    /// pools: it is not looked at again (a prefix lookup takes time) before there are more.
+    pub(crate) starved: Option<(Rank, [u32; 2])>,
     pub(crate) events: Vec<Event>,
     /// Only the counters; `stats` fills in the gauges.
     pub(crate) counters: Stats,
@@ -108,6 +108,7 @@ pub(crate) struct Step {
     pub(crate) rows: Vec<StepRow>,
     /// Given up when this step is committed: it, or one before it, may use them until then.
     pub(crate) retired_blocks: Vec<BlockId>,
+    pub(crate) retired_local: Vec<BlockId>,
     pub(crate) retired_slots: Vec<Slot>,
 }
 
@@ -120,13 +121,30 @@ pub(crate) struct StepRow {
     pub(crate) sample: bool,
     /// What the row was planned with, to check that it stays held.
     pub(crate) blocks: BlockIds,
+    pub(crate) local: LocalBlocks,
 }
 
 impl Scheduler {
     /// Nothing to do yet.
+    ///
+    /// # Panics
+    /// If the capacity's local pool is smaller than [`LocalKv`] says.
     pub fn new(config: SchedulerConfig, capacity: Capacity) -> Self {
+        let (size, tokens) = (capacity.block_size, capacity.max_batch_tokens);
+        let mut blocks = BlockManager::new(capacity.blocks, size, config.prefix_caching);
+        if let Some(LocalKv {
+            window,
+            blocks: own,
+        }) = capacity.local
+        {
+            assert!(
+                own >= LocalKv::least_blocks(window, size, tokens),
+                "the local pool can't hold a window of {window} and a step of {tokens} tokens"
+            );
+            blocks = blocks.with_local(own, window);
+        }
         Self {
-            blocks: BlockManager::new(capacity.blocks, capacity.block_size, config.prefix_caching),
+            blocks,
             slots: Slots::new(capacity.slots),
             config,
             capacity,
@@ -374,8 +392,11 @@ impl Scheduler {
     pub(crate) fn retire_table(&mut self, seq: &mut Sequence) {
         let table = std::mem::take(&mut seq.table);
         match last_step_of(&mut self.in_flight, seq) {
-            // Children before parents, as `BlockManager::release` does.
-            Some(step) => step.retired_blocks.extend(table.blocks().iter().rev()),
+            Some(step) => {
+                // Children before parents, as `BlockManager::release` does.
+                step.retired_blocks.extend(table.blocks().iter().rev());
+                step.retired_local.extend(table.local().blocks.iter().rev());
+            }
             None => self.blocks.release(table),
         }
     }

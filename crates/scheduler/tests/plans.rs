@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use spate_executor::{Batch, Capacity, Input, Lane, RowOutput};
+use spate_executor::{Batch, Capacity, Input, Lane, LocalKv, RowOutput};
 use spate_scheduler::{AddError, Event, Scheduler, SchedulerConfig};
 use spate_types::{
     FinishReason, GenerationRequest, RequestId, SampledToken, SamplingParams, SeqId, Slot,
@@ -20,6 +20,7 @@ fn capacity() -> Capacity {
         slots: 8,
         blocks: 16,
         block_size: 4,
+        local: None,
         max_batch_tokens: 8,
         max_seq_len: 64,
         vocab_size: 100,
@@ -847,4 +848,67 @@ fn live_sequences_are_bounded() {
         .finish(RequestId(2), Some(u32::MAX), FinishReason::Abort, 0);
     bench.plan();
     assert_eq!(bench.finished().len(), 3);
+}
+
+/// With a window of 8 positions, in a pool of 8 blocks of 4.
+fn windowed() -> Capacity {
+    Capacity {
+        blocks: 40,
+        local: Some(LocalKv {
+            window: 8,
+            blocks: 8,
+        }),
+        ..capacity()
+    }
+}
+
+#[test]
+fn a_long_prompt_takes_no_more_local_blocks_than_its_window_and_a_step() {
+    let mut bench = Bench::new(config(), windowed());
+    bench.add(request(1, 40, 2));
+    for start in (0..40).step_by(8) {
+        let row = bench.plan_batch(Lane::Main).unwrap().rows.remove(0);
+        assert_eq!((row.start, row.end()), (start, start + 8));
+        // The position before sees the 7 before it; those of a sibling would begin there.
+        assert_eq!(row.local.first, start.saturating_sub(8) / 4);
+        assert_eq!(
+            row.local.end(),
+            row.blocks.len().min(row.end() as usize / 4)
+        );
+        bench.commit(&[(start == 32).then_some(1)]);
+    }
+    // It ended, and its prompt is found but for the block of its last token.
+    bench.plan();
+    bench.commit(&[Some(1)]);
+    assert_eq!(bench.finished(), [(1, 0, FinishReason::Length)]);
+    bench.add(request(1, 40, 2));
+    assert_eq!(bench.plan(), ["s1 36..40 bind *"]);
+}
+
+#[test]
+fn the_first_in_line_gets_its_local_blocks_from_the_last() {
+    let mut preemptions = 0;
+    for (first, second) in [(3, 1), (2, 3), (3, 2), (1, 4)] {
+        let mut bench = Bench::new(config(), windowed());
+        bench.add(request(1, first, 30));
+        bench.add(request(2, second, 30));
+        bench.plan();
+        bench.commit(&[Some(1), Some(1)]);
+        let mut urgent = request(3, 40, 2);
+        urgent.priority = -1;
+        bench.add(urgent);
+        // The two decode on and need more and more, until one must give way.
+        let mut end = 0;
+        while end < 40 {
+            let batch = bench.plan_batch(Lane::Main).unwrap();
+            let row = batch.rows.iter().find(|row| row.slot == Slot(2));
+            let row = row.expect("the urgent prompt is in every step");
+            assert_eq!(row.start, end);
+            end = row.end();
+            let samples = batch.rows.iter().map(|row| row.sample.then_some(1));
+            bench.commit(&samples.collect::<Vec<_>>());
+        }
+        preemptions += bench.scheduler.stats().preemptions;
+    }
+    assert_eq!(preemptions, 4);
 }

@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use spate_executor::{Capacity, Executor, Lane, SimConfig, SimExecutor};
+use spate_executor::{Capacity, Executor, Lane, LocalKv, SimConfig, SimExecutor};
 use spate_scheduler::{AddError, Event, Scheduler, SchedulerConfig, Stats};
 use spate_types::{
     FinishReason, GenerationRequest, RequestId, SamplingParams, SeqId, StopParams, TokenId, Usage,
@@ -115,10 +115,19 @@ impl Simulation {
         let two_lanes = rng.chance(50);
         let max_batch_tokens = rng.pick(&[2, 4, 8, 24, 64]);
         let max_num_seqs = rng.range(1, 6);
+        let local = rng.chance(50).then(|| {
+            let window = rng.pick(&[1, 3, 7, 16, 40]);
+            let least = LocalKv::least_blocks(window, block_size, max_batch_tokens);
+            LocalKv {
+                window,
+                blocks: least + rng.range(0, least),
+            }
+        });
         let capacity = Capacity {
             slots: max_num_seqs + rng.range(0, 3),
             blocks: rng.range(24, 96).div_ceil(block_size),
             block_size,
+            local,
             max_batch_tokens,
             max_seq_len: 64,
             vocab_size: 40,

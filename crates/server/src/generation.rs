@@ -1,7 +1,6 @@
 //! From token events to text: one state machine for streamed and collected responses.
 
 use std::future::poll_fn;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -181,13 +180,22 @@ impl Generation {
     /// # Errors
     /// The request failed as a whole; there is nothing more to come.
     pub(crate) async fn next(&mut self) -> Result<Option<Vec<Update>>, ApiError> {
-        while let Some((prompt, events)) = self.next_events().await {
-            let updates = self.absorb(prompt, events)?;
+        loop {
+            let ready = self.next_events().await;
+            if ready.is_empty() {
+                return Ok(None);
+            }
+            let mut updates = Vec::new();
+            for (prompt, events) in ready {
+                match events {
+                    Some(events) => self.absorb(prompt, events, &mut updates)?,
+                    None => self.running[prompt].stream = None,
+                }
+            }
             if !updates.is_empty() {
                 return Ok(Some(updates));
             }
         }
-        Ok(None)
     }
 
     /// Waits for the end and gives every choice whole.
@@ -217,47 +225,48 @@ impl Generation {
         Ok(choices)
     }
 
-    /// The next events of any prompt, with its index.
-    async fn next_events(&mut self) -> Option<(usize, Vec<Event>)> {
-        loop {
-            let mut waits: Vec<Pin<Box<dyn Future<Output = _> + Send + '_>>> = Vec::new();
-            for (prompt, running) in self.running.iter_mut().enumerate() {
-                if let Some(stream) = &mut running.stream {
-                    waits.push(Box::pin(async move { (prompt, stream.next().await) }));
-                }
-            }
-            if waits.is_empty() {
-                return None;
-            }
-            let first_ready = poll_fn(|cx| {
-                for wait in &mut waits {
-                    if let Poll::Ready(ready) = wait.as_mut().poll(cx) {
-                        return Poll::Ready(ready);
-                    }
-                }
-                Poll::Pending
-            });
-            let (prompt, events) = first_ready.await;
-            drop(waits);
-            match events {
-                Some(events) => return Some((prompt, events)),
-                None => self.running[prompt].stream = None,
+    /// Waits for events of any prompt and gives those of every prompt that has some, with its index
+    /// (`None`: there will be no more of it). Empty when no prompt is left.
+    async fn next_events(&mut self) -> Vec<(usize, Option<Vec<Event>>)> {
+        let mut waits = Vec::new();
+        for (prompt, running) in self.running.iter_mut().enumerate() {
+            if let Some(stream) = &mut running.stream {
+                waits.push((prompt, Box::pin(stream.next())));
             }
         }
+        if waits.is_empty() {
+            return Vec::new();
+        }
+        // None is polled again after it was ready: then this ends, and the waits with it.
+        poll_fn(|cx| {
+            let mut ready = Vec::new();
+            for (prompt, wait) in &mut waits {
+                if let Poll::Ready(events) = wait.as_mut().poll(cx) {
+                    ready.push((*prompt, events));
+                }
+            }
+            match ready.is_empty() {
+                true => Poll::Pending,
+                false => Poll::Ready(ready),
+            }
+        })
+        .await
     }
 
-    fn absorb(&mut self, prompt: usize, events: Vec<Event>) -> Result<Vec<Update>, ApiError> {
-        let mut updates = Vec::new();
+    fn absorb(
+        &mut self,
+        prompt: usize,
+        events: Vec<Event>,
+        updates: &mut Vec<Update>,
+    ) -> Result<(), ApiError> {
         for event in events {
             match event {
-                Event::Token { seq, token } => {
-                    self.take_token(prompt, seq.index, token, &mut updates)
-                }
+                Event::Token { seq, token } => self.take_token(prompt, seq.index, token, updates),
                 Event::PromptLogprobs { logprobs, .. } => {
                     self.running[prompt].logprobs.extend(logprobs);
                 }
                 Event::Finished { seq, reason } => {
-                    self.take_finish(prompt, seq.index, reason, &mut updates)?;
+                    self.take_finish(prompt, seq.index, reason, updates)?;
                 }
                 Event::Done { usage, timings, .. } => {
                     self.running[prompt].stream = None;
@@ -269,7 +278,7 @@ impl Generation {
                 }
             }
         }
-        Ok(updates)
+        Ok(())
     }
 
     fn take_token(

@@ -56,9 +56,18 @@ impl Metrics {
 
     /// Registers an engine's metrics and gives what fills them. Only the first engine's are kept.
     pub(crate) fn attach_engine(&self, model_name: &str) -> Recorder {
-        let metrics = self
-            .engine
-            .get_or_init(|| Arc::new(EngineMetrics::register(&self.registry, model_name)));
+        let metrics = self.engine.get_or_init(|| {
+            let metrics = EngineMetrics::register(&self.registry, model_name);
+            metrics.set_gauges(&Stats::default());
+            // A series that appears with its first event hides that event from `rate()`.
+            for reason in ["stop", "length", "abort", "error"] {
+                metrics.success.with_label_values(&[reason]);
+            }
+            for reason in ["queue_full", "draining", "engine_dead"] {
+                metrics.rejections.with_label_values(&[reason]);
+            }
+            Arc::new(metrics)
+        });
         Recorder {
             metrics: metrics.clone(),
             last: Stats::default(),

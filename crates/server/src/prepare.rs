@@ -69,9 +69,6 @@ pub(crate) async fn start(
             sampling.min_tokens_banned.dedup();
         }
         let stop = Arc::new(stop);
-        if let Some(metrics) = context.app.engine_metrics() {
-            metrics.request_submitted(request.n, max_tokens);
-        }
         let stream = engine.submit(
             permit,
             GenerationRequest {
@@ -85,6 +82,9 @@ pub(crate) async fn start(
                 deadline,
             },
         )?;
+        if let Some(metrics) = context.app.engine_metrics() {
+            metrics.request_submitted(request.n, max_tokens);
+        }
         running.push(Running::new(stream, prompt.tokens, prompt.echo, stop));
     }
     let generation = Generation::new(context, &request, running, record.clone());

@@ -1,9 +1,10 @@
-//! Row H14 of the table of faults: no file descriptors left. In a process of its own, because it
-//! takes them all.
+//! Row H14 of the table of faults: no file descriptors left. The test runs itself again in a child
+//! process with a low limit, because it takes all descriptors there are.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
+use std::process::Command;
 use std::time::Duration;
 
 use spate_server::{App, ServerConfig, serve};
@@ -11,8 +12,28 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-#[tokio::test]
-async fn h14_accepting_pauses_without_file_descriptors_and_resumes() {
+const IN_CHILD: &str = "SPATE_TEST_FD_LIMIT";
+
+#[test]
+fn h14_accepting_pauses_without_file_descriptors_and_resumes() {
+    if std::env::var_os(IN_CHILD).is_some() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(run_out_of_descriptors());
+        return;
+    }
+    let status = Command::new("sh")
+        .args(["-c", "ulimit -n 128 && exec \"$0\""])
+        .arg(std::env::current_exe().unwrap())
+        .env(IN_CHILD, "1")
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status}");
+}
+
+async fn run_out_of_descriptors() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     tokio::spawn(serve(

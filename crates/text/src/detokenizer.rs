@@ -7,22 +7,35 @@ use crate::Tokenizer;
 /// Turns one sequence's tokens into text as they come.
 ///
 /// Token boundaries need not be character boundaries: bytes wait until their character is whole.
-/// All pushes and the flush together give what [`Tokenizer::decode`] gives for the same ids.
+/// The texts of all pushes and the flush, joined, are the text of all ids.
 #[derive(Clone)]
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     skip_special_tokens: bool,
     /// The start of a character, at most three bytes between pushes.
     pending: Vec<u8>,
+    /// The next byte, if a space, is the one that encoding puts before a text.
+    drops_space: bool,
 }
 
 impl Detokenizer {
-    /// A detokenizer at the start of a sequence.
+    /// For tokens that go on with a text, as a model's output goes on with its prompt: a space at
+    /// their beginning separates words.
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special_tokens: bool) -> Self {
         Self {
             tokenizer,
             skip_special_tokens,
             pending: Vec::new(),
+            drops_space: false,
+        }
+    }
+
+    /// For tokens that are a whole text: all pushes and the flush together give what
+    /// [`Tokenizer::decode`] gives.
+    pub fn at_start(tokenizer: Arc<Tokenizer>, skip_special_tokens: bool) -> Self {
+        Self {
+            drops_space: tokenizer.drops_leading_space(),
+            ..Self::new(tokenizer, skip_special_tokens)
         }
     }
 
@@ -30,8 +43,12 @@ impl Detokenizer {
     pub fn push(&mut self, id: TokenId) -> String {
         let mut text = String::new();
         if !(self.skip_special_tokens && self.tokenizer.is_special(id)) {
-            self.pending
-                .extend_from_slice(self.tokenizer.token_bytes(id));
+            let mut bytes = self.tokenizer.token_bytes(id);
+            if self.drops_space && !bytes.is_empty() {
+                self.drops_space = false;
+                bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            }
+            self.pending.extend_from_slice(bytes);
             push_lossy(&mut self.pending, &mut text);
         }
         text

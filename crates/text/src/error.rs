@@ -12,6 +12,14 @@ pub enum TextError {
         /// What there is, comma-separated.
         known: String,
     },
+    /// A file of the model's tokenizer can't be used; the problem names the field.
+    #[error("{file}: {problem}")]
+    File {
+        /// Its usual name.
+        file: &'static str,
+        /// What is wrong, where.
+        problem: String,
+    },
     /// The text is longer than the tokenizer's 32-bit positions.
     #[error("text of {0} bytes is too long to tokenize")]
     TooLong(usize),

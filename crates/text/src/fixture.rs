@@ -1,4 +1,4 @@
-//! A small byte-level vocabulary for tests.
+//! Small vocabularies for tests.
 
 use crate::vocab::ByteAlphabet;
 use crate::{Tokenizer, VocabSpec};
@@ -70,4 +70,43 @@ pub(crate) fn vocab() -> VocabSpec {
 
 pub(crate) fn tokenizer() -> Tokenizer {
     Tokenizer::from_vocab(vocab()).expect("the fixture is valid")
+}
+
+/// A SentencePiece vocabulary: unknown, `<s>`, `</s>`, the bytes, then pieces, the best first.
+pub(crate) fn sentencepiece(add_space_prefix: bool) -> VocabSpec {
+    let pieces = [
+        "▁",
+        "▁▁",
+        "a",
+        "b",
+        "h",
+        "e",
+        "é",
+        "中",
+        "▁a",
+        "ab",
+        "he",
+        "▁he",
+        "▁ab",
+        "▁▁▁▁",
+    ];
+    let bytes = (0..=255).map(|b| format!("<0x{b:02X}>"));
+    let mut spec = VocabSpec {
+        model: "llama".into(),
+        bos: Some(1),
+        eos: Some(2),
+        add_space_prefix: Some(add_space_prefix),
+        ..VocabSpec::default()
+    };
+    let control = ["<unk>", "<s>", "</s>", "[INST]"].map(String::from);
+    spec.tokens.extend(control);
+    spec.token_types.extend([2, 3, 3, 3]);
+    spec.tokens.extend(bytes);
+    spec.token_types.extend([6; 256]);
+    spec.tokens.extend(pieces.map(String::from));
+    spec.token_types.extend([1; 14]);
+    spec.tokens.extend(["<mark>", "  x"].map(String::from));
+    spec.token_types.extend([4; 2]);
+    spec.scores = (0..spec.tokens.len()).map(|id| -(id as f32)).collect();
+    spec
 }

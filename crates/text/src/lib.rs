@@ -8,15 +8,23 @@
 //! wrote: see [`Rendered`].
 
 mod bpe;
+mod byte_level;
 mod detokenizer;
 mod error;
+mod families;
+mod gguf;
 mod guard;
+mod hash;
+mod hf;
 mod pretokenizer;
 mod python;
+mod sentencepiece;
 mod stop;
+mod synthetic;
 mod template;
 mod tokenizer;
 mod vocab;
+mod whole;
 
 #[cfg(test)]
 mod fixture;
@@ -27,8 +35,9 @@ mod tokenizer_tests;
 
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use gguf::VocabSpec;
 pub use guard::Rendered;
+pub use hf::TemplateSource;
 pub use stop::{Matched, StopMatcher};
 pub use template::{ChatTemplate, TemplateInput};
 pub use tokenizer::Tokenizer;
-pub use vocab::VocabSpec;

@@ -8,7 +8,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::{Map, Value as Json};
 
 use crate::guard::{Guard, Marks, Rendered};
-use crate::{TextError, Tokenizer, python};
+use crate::{TemplateSource, TextError, Tokenizer, python};
 
 /// Steps of one rendering: some tenths of a second. Bounds time and memory.
 const FUEL: u64 = 10_000_000;
@@ -16,7 +16,9 @@ const FUEL: u64 = 10_000_000;
 const MAX_OUTPUT: usize = 64 << 20;
 /// Nested calls, so that a worker's stack of 2 MiB is enough.
 const MAX_RECURSION: usize = 150;
-const NAME: &str = "chat_template";
+/// Names of the templates in the environment.
+const DEFAULT: &str = "chat_template";
+const TOOL_USE: &str = "chat_template.tool_use";
 
 /// A model's chat template, compiled.
 ///
@@ -53,6 +55,15 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::TemplateSyntax`].
     pub fn compile(source: &str, tokenizer: &Tokenizer) -> Result<Self, TextError> {
+        Self::compile_all(&TemplateSource::new(source), tokenizer)
+    }
+
+    /// Compiles all templates of a model. [`Self::render`] takes the one for tools when there are
+    /// tools.
+    ///
+    /// # Errors
+    /// [`TextError::TemplateSyntax`].
+    pub fn compile_all(source: &TemplateSource, tokenizer: &Tokenizer) -> Result<Self, TextError> {
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)
             .lstrip_blocks(true)
@@ -69,11 +80,20 @@ impl ChatTemplate {
         env.add_filter("string", python::string);
         env.add_test("iterable", python::is_iterable);
         env.add_function("raise_exception", python::raise_exception);
-        env.add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
+        let tool_use = source.tool_use.as_deref();
+        let sources = [
+            (DEFAULT, Some(source.default.as_str())),
+            (TOOL_USE, tool_use),
+        ];
+        for (name, source) in sources {
+            let Some(source) = source else { continue };
+            env.add_template_owned(name, without_generation_tags(source))
+                .map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
+        }
+        let all = [source.default.as_str(), tool_use.unwrap_or("")].join("\n");
         Ok(Self {
             env,
-            guard: Guard::new(source, tokenizer.guarded_texts()),
+            guard: Guard::new(&all, tokenizer.guarded_texts()),
         })
     }
 
@@ -98,9 +118,11 @@ impl ChatTemplate {
         let data = [input.messages, input.tools.unwrap_or(&Json::Null), &extra];
         let marks = self.guard.marks(&data)?;
         let context = context(input, &marks, now)?;
-        let template = self
-            .env
-            .get_template(NAME)
+        let for_tools = input
+            .tools
+            .and_then(|_| self.env.get_template(TOOL_USE).ok());
+        let template = for_tools
+            .or_else(|| self.env.get_template(DEFAULT).ok())
             .expect("compile added the template");
         let mut out = LimitedOutput(Vec::new());
         template
@@ -193,7 +215,8 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        // Behind the opener: in `{%}` the two share a character.
+        let Some(end) = tag[2..].find("%}").map(|end| end + 2) else {
             rest = tag;
             break;
         };

@@ -1,94 +1,124 @@
-use aho_corasick::{AhoCorasick, MatchKind};
+use std::ops::Range;
+
 use spate_types::TokenId;
 
-use crate::bpe::{Bpe, Scratch};
+use crate::bpe::Scratch;
+use crate::byte_level::ByteLevel;
 use crate::detokenizer::push_lossy;
 use crate::guard::Rendered;
-use crate::pretokenizer::PreTokenizer;
-use crate::vocab::{Kind, Vocab, VocabSpec};
+use crate::sentencepiece::SentencePiece;
+use crate::vocab::{Kind, Vocab};
+use crate::whole::{Found, WholeToken, WholeTokens};
 use crate::{TextError, guard};
 
-/// Byte-level BPE tokenizer of one model. Immutable: share it in an `Arc`.
+/// Tokenizer of one model. Immutable: share it in an `Arc`.
 pub struct Tokenizer {
     vocab: Vocab,
-    pre: PreTokenizer,
-    bpe: Bpe,
+    scheme: Scheme,
     control: WholeTokens,
     /// The control tokens that [`Self::encode_rendered`] may recognise.
     guarded: WholeTokens,
     user_defined: WholeTokens,
+    prefix: Vec<TokenId>,
+    suffix: Vec<TokenId>,
     bos: Option<TokenId>,
     eos_ids: Vec<TokenId>,
     bos_text: String,
     eos_text: String,
-    add_bos: bool,
-    add_eos: bool,
+    drops_leading_space: bool,
+}
+
+/// What a tokenizer is made of, whichever file describes it.
+pub(crate) struct Parts {
+    pub(crate) vocab: Vocab,
+    pub(crate) scheme: Scheme,
+    /// Control and user-defined tokens.
+    pub(crate) whole: Vec<WholeToken>,
+    /// Tokens before a prompt.
+    pub(crate) prefix: Vec<TokenId>,
+    /// Tokens after a prompt.
+    pub(crate) suffix: Vec<TokenId>,
+    pub(crate) bos: Option<TokenId>,
+    /// The end of sequence first; may name a token twice.
+    pub(crate) eos_ids: Vec<TokenId>,
+    /// Decoding takes off the space that encoding puts before a text.
+    pub(crate) drops_leading_space: bool,
+}
+
+/// How text between control tokens is encoded.
+pub(crate) enum Scheme {
+    ByteLevel(Box<ByteLevel>),
+    SentencePiece(Box<SentencePiece>),
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer of a GGUF vocabulary.
-    ///
-    /// # Errors
-    /// [`TextError::Vocab`] for a kind of vocabulary other than `"gpt2"` or an inconsistent one,
-    /// [`TextError::UnknownPreTokenizer`] for a `pre` that is not known.
-    pub fn from_vocab(spec: VocabSpec) -> Result<Self, TextError> {
-        if spec.model != "gpt2" {
-            return Err(TextError::Vocab(format!(
-                "vocabularies of kind {:?} (tokenizer.ggml.model) are not supported; \"gpt2\" \
-                 (byte-level BPE) is",
-                spec.model
-            )));
+    /// Puts the parts together.
+    pub(crate) fn new(parts: Parts) -> Result<Self, TextError> {
+        let Parts {
+            vocab, whole, bos, ..
+        } = parts;
+        let own = [&parts.prefix, &parts.suffix].into_iter().flatten();
+        for (name, id) in bos
+            .iter()
+            .map(|id| ("bos", id))
+            .chain(parts.eos_ids.iter().map(|id| ("eos", id)))
+            .chain(own.map(|id| ("bos or eos", id)))
+        {
+            if *id as usize >= vocab.len() {
+                return Err(TextError::Vocab(format!(
+                    "the {name} token is {id}, but there are {} tokens",
+                    vocab.len()
+                )));
+            }
         }
-        if spec.add_space_prefix == Some(true) {
-            return Err(TextError::Vocab(
-                "add_space_prefix is not supported for byte-level BPE".into(),
-            ));
-        }
-        let vocab = Vocab::new(&spec)?;
-        let named = |name: &str, id: Option<TokenId>| match id {
-            Some(id) if id as usize >= vocab.len() => Err(TextError::Vocab(format!(
-                "the {name} token is {id}, but there are {} tokens",
-                vocab.len()
-            ))),
-            id => Ok(id),
-        };
-        let bos = named("bos", spec.bos)?;
-        let eos = named("eos", spec.eos)?;
-        let eot = named("eot", spec.eot)?;
-        let mut eos_ids: Vec<TokenId> = eos.into_iter().chain(eot).collect();
-        eos_ids.dedup();
         let text_of = |id: Option<TokenId>| id.map_or(String::new(), |id| vocab.text(id).into());
-        let (bos_text, eos_text) = (text_of(bos), text_of(eos));
-
-        let pre = PreTokenizer::named(spec.pre.as_deref().unwrap_or("default"))?;
-        let add_bos = spec.add_bos.unwrap_or(pre.add_bos) && bos.is_some();
-        let add_eos = spec.add_eos.unwrap_or(false) && eos.is_some();
-        let bpe = Bpe::new(&spec, &vocab, pre.ignore_merges)?;
-        let guardable = |&id: &TokenId| guard::is_guardable(&vocab.text(id));
-        let control = WholeTokens::new(&vocab, vocab.ids_of(Kind::Control).collect())?;
-        let guarded = vocab.ids_of(Kind::Control).filter(guardable).collect();
-        let guarded = WholeTokens::new(&vocab, guarded)?;
-        let user_defined = WholeTokens::new(&vocab, vocab.ids_of(Kind::UserDefined).collect())?;
+        let eos_text = text_of(parts.eos_ids.first().copied());
+        let mut eos_ids = Vec::new();
+        add_distinct(&mut eos_ids, parts.eos_ids);
+        let (control, user_defined): (Vec<_>, Vec<_>) = whole
+            .into_iter()
+            .partition(|t| vocab.kind(t.id) == Kind::Control);
+        let guarded = control.iter().filter(|t| guard::is_guardable(&t.text));
         Ok(Self {
-            vocab,
-            pre,
-            bpe,
-            control,
-            guarded,
-            user_defined,
+            guarded: WholeTokens::new(guarded.cloned().collect())?,
+            control: WholeTokens::new(control)?,
+            user_defined: WholeTokens::new(user_defined)?,
+            scheme: parts.scheme,
+            prefix: parts.prefix,
+            suffix: parts.suffix,
+            bos_text: text_of(bos),
             bos,
             eos_ids,
-            bos_text,
             eos_text,
-            add_bos,
-            add_eos,
+            drops_leading_space: parts.drops_leading_space,
+            vocab,
         })
+    }
+
+    /// Adds tokens with which the model ends its output, as a `generation_config.json` lists them.
+    ///
+    /// # Errors
+    /// [`TextError::Vocab`] for an id outside the vocabulary.
+    pub fn with_eos_ids(mut self, ids: &[TokenId]) -> Result<Self, TextError> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab.len()) {
+            return Err(TextError::Vocab(format!(
+                "the eos token is {id}, but there are {} tokens",
+                self.vocab.len()
+            )));
+        }
+        add_distinct(&mut self.eos_ids, ids.to_vec());
+        if self.eos_text.is_empty() {
+            self.eos_text = ids
+                .first()
+                .map_or(String::new(), |&id| self.vocab.text(id).into());
+        }
+        Ok(self)
     }
 
     /// The tokens of `text`.
     ///
-    /// `add_special_tokens` puts the model's `bos` before and `eos` after, where the model wants
-    /// them. `parse_special` lets the text of a control token become that token; without it such
+    /// `add_special_tokens` puts the tokens before and after that the model wants there, as a rule
+    /// its `bos` before. `parse_special` lets the text of a control token become that token; without it such
     /// text is encoded like any other.
     ///
     /// # Errors
@@ -100,17 +130,17 @@ impl Tokenizer {
         parse_special: bool,
     ) -> Result<Vec<TokenId>, TextError> {
         let mut out = Output::new(text)?;
-        if add_special_tokens && self.add_bos {
-            out.tokens.extend(self.bos);
+        if add_special_tokens {
+            out.tokens.extend(&self.prefix);
         }
         if parse_special {
-            let matches = self.control.find(text, 0..text.len()).collect();
+            let matches = self.control.find(text, 0..text.len());
             self.encode_between(text, matches, &mut out);
         } else {
-            self.encode_text(text, &mut out);
+            self.encode_text(text, 0..text.len(), &mut out);
         }
-        if add_special_tokens && self.add_eos {
-            out.tokens.extend(self.eos_ids.first());
+        if add_special_tokens {
+            out.tokens.extend(&self.suffix);
         }
         Ok(out.tokens)
     }
@@ -132,37 +162,42 @@ impl Tokenizer {
     }
 
     /// Encodes the text between the given tokens, which do not overlap.
-    fn encode_between(&self, text: &str, matches: Vec<WholeToken>, out: &mut Output) {
+    fn encode_between(&self, text: &str, matches: Vec<Found>, out: &mut Output) {
         let mut at = 0;
         for m in matches {
-            self.encode_text(&text[at..m.start], out);
+            self.encode_text(text, at..m.start, out);
             out.tokens.push(m.id);
             at = m.end;
         }
-        self.encode_text(&text[at..], out);
+        self.encode_text(text, at..text.len(), out);
     }
 
-    /// Encodes text that holds no control token.
-    fn encode_text(&self, text: &str, out: &mut Output) {
-        let mut at = 0;
-        for m in self.user_defined.find(text, 0..text.len()) {
-            self.encode_words(&text[at..m.start], out);
+    /// Encodes `text[range]`, which holds no control token.
+    fn encode_text(&self, text: &str, range: Range<usize>, out: &mut Output) {
+        let mut at = range.start;
+        for m in self.user_defined.find(text, range.clone()) {
+            self.encode_merged(text, at..m.start, out);
             out.tokens.push(m.id);
             at = m.end;
         }
-        self.encode_words(&text[at..], out);
+        self.encode_merged(text, at..range.end, out);
     }
 
-    fn encode_words(&self, text: &str, out: &mut Output) {
+    /// Encodes `text[range]`, which holds no token that is matched whole.
+    fn encode_merged(&self, text: &str, range: Range<usize>, out: &mut Output) {
         let Output { tokens, scratch } = out;
-        self.pre.split(text, &mut |word| {
-            self.bpe
-                .encode_word(word.as_bytes(), &self.vocab, scratch, tokens);
-        });
+        let at_start = range.start == 0;
+        let text = &text[range];
+        match &self.scheme {
+            Scheme::ByteLevel(scheme) => scheme.encode(text, &self.vocab, scratch, tokens),
+            Scheme::SentencePiece(scheme) => scheme.encode(text, at_start, scratch, tokens),
+        }
     }
 
     /// The text of the tokens; bytes that are not UTF-8 become U+FFFD. `skip_special_tokens` leaves
     /// out the tokens for which [`Self::is_special`] holds. Ids outside the vocabulary have no text.
+    ///
+    /// The tokens are a whole text: the space that some tokenizers put before one is taken off.
     pub fn decode(&self, ids: &[TokenId], skip_special_tokens: bool) -> String {
         let shown = ids
             .iter()
@@ -171,10 +206,18 @@ impl Tokenizer {
             .flat_map(|&id| self.token_bytes(id))
             .copied()
             .collect();
+        if self.drops_leading_space && bytes.first() == Some(&b' ') {
+            bytes.remove(0);
+        }
         let mut text = String::with_capacity(bytes.len());
         push_lossy(&mut bytes, &mut text);
         text.push_str(&String::from_utf8_lossy(&bytes));
         text
+    }
+
+    /// Whether a whole text begins with a space of the tokenizer's own.
+    pub(crate) fn drops_leading_space(&self) -> bool {
+        self.drops_leading_space
     }
 
     /// The bytes that a token stands for: of a control token its text, of an id outside the
@@ -222,8 +265,16 @@ impl Tokenizer {
 
     /// Texts of the control tokens that [`Self::encode_rendered`] may recognise.
     pub(crate) fn guarded_texts(&self) -> impl Iterator<Item = String> + '_ {
-        let ids = self.guarded.ids.iter();
-        ids.map(|&id| self.vocab.text(id).into_owned())
+        self.guarded.texts().map(str::to_owned)
+    }
+}
+
+/// Appends those that are not there yet.
+fn add_distinct(ids: &mut Vec<TokenId>, more: Vec<TokenId>) {
+    for id in more {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
     }
 }
 
@@ -242,45 +293,6 @@ impl Output {
         Ok(Self {
             tokens: Vec::with_capacity(text.len() / 4 + 2),
             scratch: Scratch::default(),
-        })
-    }
-}
-
-/// Finds tokens that are matched whole: at each place the longest, from left to right.
-struct WholeTokens {
-    matcher: AhoCorasick,
-    /// By the matcher's pattern number.
-    ids: Vec<TokenId>,
-}
-
-/// A token found at `start .. end`.
-struct WholeToken {
-    start: usize,
-    end: usize,
-    id: TokenId,
-}
-
-impl WholeTokens {
-    fn new(vocab: &Vocab, ids: Vec<TokenId>) -> Result<Self, TextError> {
-        let matcher = AhoCorasick::builder()
-            .match_kind(MatchKind::LeftmostLongest)
-            .build(ids.iter().map(|&id| vocab.bytes(id)))
-            .map_err(|e| TextError::Vocab(format!("too many control tokens: {e}")))?;
-        Ok(Self { matcher, ids })
-    }
-
-    /// The tokens in `text[range]`, positions relative to `text`.
-    fn find(
-        &self,
-        text: &str,
-        range: std::ops::Range<usize>,
-    ) -> impl Iterator<Item = WholeToken> + '_ {
-        let offset = range.start;
-        let found: Vec<_> = self.matcher.find_iter(&text[range]).collect();
-        found.into_iter().map(move |m| WholeToken {
-            start: offset + m.start(),
-            end: offset + m.end(),
-            id: self.ids[m.pattern().as_usize()],
         })
     }
 }

@@ -81,15 +81,15 @@ fn bos_and_eos_as_the_model_wants_them() {
     })
     .unwrap();
     assert_eq!(
-        (t.bos_text(), t.eos_text(), t.eos_ids()),
-        ("<|im_start|>", "<|im_end|>", &[2][..])
+        (t.bos_text(), t.eos_text(), t.eos_ids()[0]),
+        ("<|im_start|>", "<|im_end|>", 2)
     );
     let t = Tokenizer::from_vocab(VocabSpec {
-        eot: Some(4),
+        eot: Some(7),
         ..spec()
     })
     .unwrap();
-    assert_eq!(t.eos_ids(), [2, 4]);
+    assert_eq!(t.eos_ids()[..2], [2, 7]);
 }
 
 #[test]
@@ -100,10 +100,19 @@ fn refuses_what_it_cannot_do_right() {
         Tokenizer::from_vocab(spec).err().unwrap()
     };
     assert!(
+        refused(&|s| s.model = "bert".into())
+            .to_string()
+            .contains("bert")
+    );
+    assert!(
         refused(&|s| s.model = "llama".into())
             .to_string()
-            .contains("llama")
+            .contains("scores")
     );
+    refused(&|s| s.add_space_prefix = Some(true));
+    refused(&|s| s.token_types[0] = 7);
+    refused(&|s| s.token_types[0] = -1);
+    refused(&|s| s.token_types.push(1));
     assert!(matches!(
         refused(&|s| s.pre = Some("x".into())),
         TextError::UnknownPreTokenizer { .. }
@@ -127,6 +136,124 @@ fn refuses_what_it_cannot_do_right() {
 }
 
 #[test]
+fn sentencepiece_merges_by_score_and_spells_the_rest() {
+    let encode = |prefix, text| {
+        let t = Tokenizer::from_vocab(fixture::sentencepiece(prefix)).unwrap();
+        texts(&t, &t.encode(text, true, true).unwrap())
+    };
+    assert_eq!(encode(true, "he abab"), ["<s>", " he", " ab", "ab"]);
+    assert_eq!(encode(false, "he ab"), ["<s>", "he", " ab"]);
+    assert_eq!(encode(true, ""), ["<s>"]);
+    // A space before the text, and after each token that is matched whole.
+    assert_eq!(encode(true, " a"), ["<s>", "  ", "a"]);
+    assert_eq!(
+        encode(true, "[INST]a<mark>a  x"),
+        ["<s>", "[INST]", " a", "<mark>", " a", "  x"]
+    );
+    assert_eq!(encode(false, "b\n"), ["<s>", "b", "\n"]);
+    let t = Tokenizer::from_vocab(fixture::sentencepiece(false)).unwrap();
+    let spelt = t.encode("👩", false, true).unwrap();
+    assert_eq!(spelt, [0xf0, 0x9f, 0x91, 0xa9].map(|b| b + 4));
+    assert_eq!(t.decode(&spelt, true), "👩");
+}
+
+#[test]
+fn equal_scores_merge_from_the_left() {
+    let mut spec = fixture::sentencepiece(false);
+    for text in ["bé", "éa"] {
+        spec.tokens.push(text.into());
+        spec.token_types.push(1);
+        spec.scores.push(-1000.0);
+    }
+    let t = Tokenizer::from_vocab(spec).unwrap();
+    let split = |text| texts(&t, &t.encode(text, false, true).unwrap());
+    assert_eq!(split("béa"), ["bé", "a"]);
+    assert_eq!(split("éabéa"), ["é", "ab", "éa"]);
+}
+
+#[test]
+fn tokens_that_join_words_are_found() {
+    let mut spec = fixture::sentencepiece(false);
+    spec.tokens.push("a▁b".into());
+    spec.token_types.push(1);
+    spec.scores.push(1.0);
+    let t = Tokenizer::from_vocab(spec).unwrap();
+    // "▁b" is no token, so the score alone can't join "a▁" and "b": there is no "a▁" either.
+    let split = |t: &Tokenizer, text| texts(t, &t.encode(text, false, true).unwrap());
+    assert_eq!(split(&t, "a b"), ["a", " ", "b"]);
+    let mut spec = fixture::sentencepiece(false);
+    for (text, score) in [("▁b", 2.0), ("a▁b", 1.0)] {
+        spec.tokens.push(text.into());
+        spec.token_types.push(1);
+        spec.scores.push(score);
+    }
+    let t = Tokenizer::from_vocab(spec).unwrap();
+    assert_eq!(split(&t, "a b a b"), ["a b", " ", "a b"]);
+}
+
+#[test]
+fn control_tokens_take_whitespace_along_where_the_model_wants_it() {
+    let spec = |control_rstrip| VocabSpec {
+        control_rstrip,
+        ..fixture::sentencepiece(false)
+    };
+    let encode = |spec| {
+        let t = Tokenizer::from_vocab(spec).unwrap();
+        texts(&t, &t.encode("<s> [INST] \n a", false, true).unwrap())
+    };
+    assert_eq!(encode(spec(true)), ["<s>", " ", "[INST]", "a"]);
+    assert_eq!(encode(spec(false)), ["<s>", " ", "[INST]", " ", "\n", " a"]);
+}
+
+#[test]
+fn refuses_sentencepiece_vocabularies_it_cannot_use() {
+    let refused = |change: &dyn Fn(&mut VocabSpec)| {
+        let mut spec = fixture::sentencepiece(true);
+        change(&mut spec);
+        Tokenizer::from_vocab(spec).err().unwrap().to_string()
+    };
+    let missing = refused(&|s| s.tokens[4 + 0x41] = "gone".into());
+    assert!(missing.contains("<0x"), "{missing}");
+    let missing = refused(&|s| {
+        s.tokens[4 + 0x41] = "gone".into();
+        s.token_types[4 + 0x41] = 1;
+    });
+    assert!(missing.contains("<0x41>"), "{missing}");
+    assert!(refused(&|s| s.scores[261] = f32::NAN).contains("token 261"));
+    assert!(refused(&|s| s.tokens[270] = "x".repeat(2000)).contains("long"));
+}
+
+#[test]
+fn more_ways_to_end() {
+    let mut spec = fixture::vocab();
+    spec.tokens[4] = "<end_of_turn>".into();
+    let t = Tokenizer::from_vocab(spec).unwrap();
+    assert_eq!(
+        t.eos_ids(),
+        [2, 4, 0],
+        "eos, then <end_of_turn> and <|endoftext|>, which the file does not name"
+    );
+    let t = t.with_eos_ids(&[4, 7]).unwrap();
+    assert_eq!(t.eos_ids(), [2, 4, 0, 7]);
+    assert_eq!(t.eos_text(), "<|im_end|>");
+    let outside = t.vocab_size() as u32;
+    assert!(t.with_eos_ids(&[outside]).is_err());
+}
+
+#[test]
+fn synthetic_tokenizers_round_trip() {
+    let t = Tokenizer::synthetic(300).unwrap();
+    assert_eq!(t.vocab_size(), 300);
+    let text = "any text:\t\u{0} é 中 👩";
+    let ids = t.encode(text, true, true).unwrap();
+    assert_eq!(ids, text.bytes().map(u32::from).collect::<Vec<_>>());
+    assert_eq!(t.decode(&ids, true), text);
+    assert_eq!(t.decode(&[256, 299], true), " t256 t299");
+    assert!(t.eos_ids().is_empty());
+    assert!(Tokenizer::synthetic(255).is_err());
+}
+
+#[test]
 fn odd_ids_decode_to_nothing() {
     let t = fixture::tokenizer();
     let pad = t.vocab_size() as u32 - 1;
@@ -140,7 +267,13 @@ fn odd_ids_decode_to_nothing() {
 /// A13: whatever the text, time is about linear in its length.
 #[test]
 fn a_megabyte_of_anything_is_quick() {
-    let t = fixture::tokenizer();
+    let sentencepiece = Tokenizer::from_vocab(fixture::sentencepiece(true)).unwrap();
+    for t in [fixture::tokenizer(), sentencepiece] {
+        a_megabyte_is_quick_with(&t);
+    }
+}
+
+fn a_megabyte_is_quick_with(t: &Tokenizer) {
     let units = [
         "a",
         " ",
@@ -177,18 +310,49 @@ proptest! {
     }
 
     #[test]
+    fn sentencepiece_decoding_undoes_encoding(text in "[ab é中👩\n▁]{0,20}", prefix: bool) {
+        let t = Tokenizer::from_vocab(fixture::sentencepiece(prefix)).unwrap();
+        let ids = t.encode(&text, true, true).unwrap();
+        // ▁ is how the vocabulary writes a space.
+        prop_assert_eq!(t.decode(&ids, true), text.replace('▁', " "));
+    }
+
+    #[test]
     fn text_in_pieces_is_the_whole_text(
+        kind in 0..3,
         ids in prop::collection::vec(0..320u32, 0..60),
+        cut: prop::sample::Index,
         skip: bool,
     ) {
-        let t = Arc::new(fixture::tokenizer());
-        let mut detokenizer = Detokenizer::new(t.clone(), skip);
-        let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
-        text.push_str(&detokenizer.flush());
-        prop_assert_eq!(&text, &t.decode(&ids, skip));
+        let t = Arc::new(match kind {
+            0 => fixture::tokenizer(),
+            _ => Tokenizer::from_vocab(fixture::sentencepiece(kind == 1)).unwrap(),
+        });
+        let run = |mut detokenizer: Detokenizer, ids: &[u32]| {
+            let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+            text.push_str(&detokenizer.flush());
+            text
+        };
+        let whole = t.decode(&ids, skip);
+        prop_assert_eq!(&run(Detokenizer::at_start(t.clone(), skip), &ids), &whole);
+
         let shown = ids.iter().filter(|&&id| !(skip && t.is_special(id)));
         let bytes: Vec<u8> = shown.flat_map(|&id| t.token_bytes(id)).copied().collect();
-        prop_assert_eq!(text, String::from_utf8_lossy(&bytes));
+        let continued = String::from_utf8_lossy(&bytes);
+        prop_assert_eq!(&run(Detokenizer::new(t.clone(), skip), &ids), &continued);
+        let dropped = if kind == 1 { continued.strip_prefix(' ') } else { None };
+        prop_assert_eq!(&whole, dropped.unwrap_or(&continued));
+
+        // A prompt and what the model says after it, where no character is cut in two.
+        let (prompt, output) = ids.split_at(cut.index(ids.len() + 1));
+        let prompt = t.decode(prompt, skip);
+        let output = run(Detokenizer::new(t.clone(), skip), output);
+        if !whole.contains(char::REPLACEMENT_CHARACTER)
+            && !output.contains(char::REPLACEMENT_CHARACTER)
+            && !prompt.is_empty()
+        {
+            prop_assert_eq!(prompt + &output, whole);
+        }
     }
 
     #[test]

@@ -3,44 +3,21 @@ use std::collections::HashMap;
 use spate_types::TokenId;
 
 use crate::TextError;
+use crate::hash::FileHashMap;
 
-/// A vocabulary as a GGUF file states it (`tokenizer.ggml.*`).
-#[derive(Debug, Clone, Default)]
-pub struct VocabSpec {
-    /// `tokenizer.ggml.model`: `"gpt2"` is byte-level BPE, the only one served.
-    pub model: String,
-    /// `tokenizer.ggml.pre`: names the pre-tokenizer; absent in old files, which means `"default"`.
-    pub pre: Option<String>,
-    /// Token texts by id; normal tokens are written in GPT-2's printable byte alphabet.
-    pub tokens: Vec<String>,
-    /// GGUF token types by id: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
-    /// Empty means all normal.
-    pub token_types: Vec<i32>,
-    /// Scores by id; unused by byte-level BPE.
-    pub scores: Vec<f32>,
-    /// Merges `"left right"`, the most urgent first.
-    pub merges: Vec<String>,
-    /// Begin of sequence.
-    pub bos: Option<TokenId>,
-    /// End of sequence.
-    pub eos: Option<TokenId>,
-    /// End of turn.
-    pub eot: Option<TokenId>,
-    /// Unknown token; unused by byte-level BPE.
-    pub unk: Option<TokenId>,
-    /// Whether prompts start with `bos`; `None`: what the pre-tokenizer's family does.
-    pub add_bos: Option<bool>,
-    /// Whether prompts end with `eos`; `None`: no.
-    pub add_eos: Option<bool>,
-    /// Whether a space is put before the text; byte-level BPE does not.
-    pub add_space_prefix: Option<bool>,
-}
+/// Token ids by text.
+pub(crate) type Ids<'t> = FileHashMap<&'t str, TokenId>;
+
+/// What SentencePiece writes for a space.
+pub(crate) const META_SPACE: char = '▁';
 
 /// How a token takes part in encoding and decoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Made by merges.
     Normal,
+    /// `<0xNN>`: one byte of a character that has no token.
+    Byte,
     /// Structure, not text: matched whole where control tokens are allowed, left out of shown text.
     Control,
     /// Matched whole in any text, shown as text.
@@ -49,18 +26,13 @@ pub(crate) enum Kind {
     Reserved,
 }
 
-impl Kind {
-    fn from_gguf(token_type: i32) -> Result<Self, TextError> {
-        match token_type {
-            1 | 6 => Ok(Self::Normal),
-            3 => Ok(Self::Control),
-            4 => Ok(Self::UserDefined),
-            2 | 5 => Ok(Self::Reserved),
-            other => Err(TextError::Vocab(format!(
-                "token type {other} is not one of GGUF's (1 to 6)"
-            ))),
-        }
-    }
+/// How the texts of tokens are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Writing {
+    /// Normal tokens in GPT-2's printable byte alphabet.
+    ByteLevel,
+    /// All with [`META_SPACE`] for a space.
+    SentencePiece,
 }
 
 /// The tokens' bytes in one allocation, by id.
@@ -73,32 +45,30 @@ pub(crate) struct Vocab {
 }
 
 impl Vocab {
-    pub(crate) fn new(spec: &VocabSpec) -> Result<Self, TextError> {
-        let n = spec.tokens.len();
-        if n == 0 {
+    /// `tokens` and `kinds` are of equal length.
+    pub(crate) fn new(
+        tokens: &[String],
+        kinds: Vec<Kind>,
+        writing: Writing,
+    ) -> Result<Self, TextError> {
+        if tokens.is_empty() {
             return Err(TextError::Vocab("the vocabulary is empty".into()));
         }
-        if !spec.token_types.is_empty() && spec.token_types.len() != n {
-            return Err(TextError::Vocab(format!(
-                "{n} tokens but {} token types",
-                spec.token_types.len()
-            )));
-        }
-        let kinds: Vec<Kind> = if spec.token_types.is_empty() {
-            vec![Kind::Normal; n]
-        } else {
-            let kinds = spec.token_types.iter().map(|&t| Kind::from_gguf(t));
-            kinds.collect::<Result<_, _>>()?
-        };
         let alphabet = ByteAlphabet::new();
-        let mut bytes = Vec::with_capacity(spec.tokens.iter().map(String::len).sum());
-        let mut ends = Vec::with_capacity(n);
+        let mut bytes = Vec::with_capacity(tokens.iter().map(String::len).sum());
+        let mut ends = Vec::with_capacity(tokens.len());
         let mut max_token_bytes = 0;
-        for (text, kind) in spec.tokens.iter().zip(&kinds) {
+        for (text, kind) in tokens.iter().zip(&kinds) {
             let start = bytes.len();
-            match kind {
-                Kind::Normal => alphabet.decode(text, &mut bytes),
-                _ => bytes.extend_from_slice(text.as_bytes()),
+            match (kind, writing) {
+                (Kind::Byte, _) => bytes.push(byte_of(text)?),
+                (Kind::Control | Kind::Reserved, _) | (Kind::UserDefined, Writing::ByteLevel) => {
+                    bytes.extend_from_slice(text.as_bytes());
+                }
+                (Kind::Normal, Writing::ByteLevel) => alphabet.decode(text, &mut bytes),
+                (Kind::Normal | Kind::UserDefined, Writing::SentencePiece) => {
+                    bytes.extend_from_slice(text.replace(META_SPACE, " ").as_bytes());
+                }
             }
             max_token_bytes = max_token_bytes.max(bytes.len() - start);
             let end = u32::try_from(bytes.len())
@@ -149,6 +119,16 @@ impl Vocab {
     pub(crate) fn text(&self, id: TokenId) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(self.bytes(id))
     }
+}
+
+/// The byte that a byte token's text `<0xNN>` stands for.
+fn byte_of(text: &str) -> Result<u8, TextError> {
+    let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+    digits
+        .filter(|d| d.len() == 2)
+        .filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))
+        .and_then(|d| u8::from_str_radix(d, 16).ok())
+        .ok_or_else(|| TextError::Vocab(format!("byte token {text:?} is not like <0x0A>")))
 }
 
 /// GPT-2's reversible map between bytes and printable characters (Radford et al. 2019, `encoder.py`):
@@ -205,31 +185,46 @@ mod tests {
         assert_eq!(out, (0..=255).collect::<Vec<u8>>());
     }
 
+    fn vocab(tokens: &[&str], kinds: &[Kind], writing: Writing) -> Result<Vocab, TextError> {
+        let tokens: Vec<String> = tokens.iter().map(|t| t.to_string()).collect();
+        Vocab::new(&tokens, kinds.to_vec(), writing)
+    }
+
     #[test]
-    fn refuses_inconsistent_vocabularies() {
-        let spec = |tokens: &[&str], types: &[i32]| VocabSpec {
-            tokens: tokens.iter().map(|t| t.to_string()).collect(),
-            token_types: types.to_vec(),
-            ..VocabSpec::default()
+    fn texts_as_each_writing_has_them() {
+        let tokens = ["Ġa▁", "▁a", "<0x0A>", "▁▁", "<▁x>"];
+        let kinds = [
+            Kind::Normal,
+            Kind::Normal,
+            Kind::Byte,
+            Kind::UserDefined,
+            Kind::Control,
+        ];
+        let bytes = |writing| {
+            let vocab = vocab(&tokens, &kinds, writing).expect("valid");
+            (0..5).map(|id| vocab.text(id).into_owned()).collect()
         };
-        for (tokens, types) in [
-            (&[][..], &[][..]),
-            (&["a", "b"], &[1]),
-            (&["a"], &[7]),
-            (&["a"], &[-1]),
-        ] {
-            assert!(Vocab::new(&spec(tokens, types)).is_err());
+        let texts: Vec<String> = bytes(Writing::ByteLevel);
+        assert_eq!(texts, [" a▁", "▁a", "\n", "▁▁", "<▁x>"]);
+        let texts: Vec<String> = bytes(Writing::SentencePiece);
+        assert_eq!(texts, ["Ġa ", " a", "\n", "  ", "<▁x>"]);
+    }
+
+    #[test]
+    fn refuses_bytes_that_are_none() {
+        for text in ["a", "<0x0>", "<0x+1>", "<0x100>", "<0xGG>"] {
+            assert!(
+                vocab(&[text], &[Kind::Byte], Writing::SentencePiece).is_err(),
+                "{text}"
+            );
         }
+        assert!(vocab(&[], &[], Writing::ByteLevel).is_err());
     }
 
     #[test]
     fn ids_outside_have_no_text() {
-        let vocab = Vocab::new(&VocabSpec {
-            tokens: vec!["Ġa".into(), "<x>".into()],
-            token_types: vec![1, 3],
-            ..VocabSpec::default()
-        });
-        let vocab = vocab.expect("valid");
+        let kinds = [Kind::Normal, Kind::Control];
+        let vocab = vocab(&["Ġa", "<x>"], &kinds, Writing::ByteLevel).expect("valid");
         assert_eq!(vocab.bytes(0), b" a");
         assert_eq!(vocab.bytes(1), b"<x>");
         assert_eq!(vocab.bytes(2), b"");

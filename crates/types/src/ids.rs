@@ -36,6 +36,29 @@ pub struct BlockId(pub u32);
 /// that nothing has to be uploaded.
 pub type BlockIds = Arc<Vec<BlockId>>;
 
+/// A sequence's blocks in the pool of layers with a sliding window, which see only the last positions:
+/// block `i` of the sequence is `blocks[i - first]`, those before `first` are not kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LocalBlocks {
+    /// Blocks of the sequence before the first one here.
+    pub first: u32,
+    /// The others, in position order.
+    pub blocks: BlockIds,
+}
+
+impl LocalBlocks {
+    /// Block `i` of the sequence, if it is kept.
+    pub fn get(&self, i: usize) -> Option<BlockId> {
+        let i = i.checked_sub(self.first as usize)?;
+        self.blocks.get(i).copied()
+    }
+
+    /// Blocks of the sequence up to the last one here.
+    pub fn end(&self) -> usize {
+        self.first as usize + self.blocks.len()
+    }
+}
+
 /// A sequence's place on the executor, kept from its first step to its end (through preemption
 /// too): there live its last token, its sampling parameters and its penalty counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -8,7 +8,7 @@ mod ids;
 mod output;
 mod request;
 
-pub use ids::{BlockId, BlockIds, RequestId, SeqId, Slot, TokenId};
+pub use ids::{BlockId, BlockIds, LocalBlocks, RequestId, SeqId, Slot, TokenId};
 pub use output::{FinishReason, Logprobs, SampledToken, Timings, Usage};
 pub use request::{GenerationRequest, SamplingParams, StopParams};
 

@@ -7,16 +7,19 @@ use anyhow::{Context, Result};
 use crate::{root, run};
 
 /// Programs of the bundle: package, kind, name.
-const PROGRAMS: [(&str, &str, &str); 2] = [
+const PROGRAMS: [(&str, &str, &str); 3] = [
     ("spate", "--bin", "spate"),
     ("spate-cuda", "--example", "kernels"),
+    ("spate-cuda", "--example", "oracle"),
 ];
 
 const SCRIPT: &str = r#"#!/bin/sh
-# Tests every kernel against the CPU on this machine's GPU. Needs the NVIDIA driver and nothing else.
+# Tests every kernel, then the whole executor, against the CPU on this machine's GPU. Needs the NVIDIA
+# driver and nothing else. Arguments: MODEL.gguf GOLDEN.json, any number of pairs.
 set -eu
-cd "$(dirname "$0")"
-./kernels "$@"
+folder=$(dirname "$0")
+"$folder/kernels"
+"$folder/oracle" "$@"
 "#;
 
 /// Builds release programs and puts them into `folder` with a script that runs the tests.

@@ -15,7 +15,7 @@ cargo xtask kernels [--check] [--report] [NAME…]
     --check   compiles all and fails if a byte differs from what is committed; writes nothing
     --report  prints registers, shared memory and spills of each kernel; writes nothing
 cargo xtask bundle [DIR]
-    Makes a folder (default: bundle/) that tests kernels and serves on a GPU machine without Rust";
+    Makes a folder (default: bundle/) with spate and the GPU's tests, for machines without Rust";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

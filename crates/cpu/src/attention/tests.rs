@@ -1,15 +1,16 @@
 #![allow(clippy::unwrap_used)]
 
+use spate_types::BlockId;
+
 use super::*;
 use crate::kv::KvPool;
-use crate::linear::{F16x16, Isa};
+use crate::linear::{Bf16x16, F16x16, I8x16, Isa};
 
 const TOKENS: usize = 53;
 const KV_HEADS: usize = 2;
 
 fn shape(head_dim: usize) -> KvShape {
     KvShape {
-        layers: 1,
         kv_heads: KV_HEADS,
         head_dim,
         blocks: 8,
@@ -45,33 +46,46 @@ impl Input {
         }
     }
 
-    fn pool<C: Column>(&self) -> KvPool<C> {
+    fn pages(&self) -> Pages<'_> {
+        Pages {
+            first: 0,
+            blocks: &self.blocks,
+        }
+    }
+
+    fn pool<C: KvLine>(&self) -> KvPool<C> {
         let dim = self.head_dim;
         let shape = shape(dim);
-        let mut pool = KvPool::new(shape).unwrap();
-        for (h, head) in pool.layer_mut(0).iter_mut().enumerate() {
+        let mut pool = KvPool::new(std::iter::once((shape, false))).unwrap();
+        for (h, head) in pool.layer_mut(0).heads.iter_mut().enumerate() {
             // Leftovers of another sequence, as bad as they can be.
             let bad = vec![f32::NAN; dim];
-            (0..64).for_each(|p| head.append(&shape, &self.blocks, p, &bad, &bad));
+            (0..64).for_each(|p| head.append(&shape, self.pages(), p, &bad, &bad));
             for t in 0..TOKENS {
                 let at = (t * KV_HEADS + h) * dim;
                 let (key, value) = (&self.keys[at..at + dim], &self.values[at..at + dim]);
-                head.append(&shape, &self.blocks, t, key, value);
+                head.append(&shape, self.pages(), t, key, value);
             }
         }
         pool
     }
 
     /// All queries, `tokens` at a time.
-    fn attend<C: Column>(&self, isa: Isa, pool: &KvPool<C>, tokens: usize) -> Vec<f32> {
+    fn attend<C: KvLine>(
+        &self,
+        isa: Isa,
+        pool: &KvPool<C>,
+        tokens: usize,
+        window: usize,
+    ) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.queries.len()];
         let disjoint = Disjoint::new(&mut out);
         for token in (0..TOKENS).step_by(tokens) {
             for kv_head in 0..KV_HEADS {
                 isa.run(Attention {
-                    shape: &pool.shape,
-                    kv: &pool.layer(0)[kv_head],
-                    blocks: &self.blocks,
+                    shape: &pool.layer(0).shape,
+                    kv: &pool.layer(0).heads[kv_head],
+                    pages: self.pages(),
                     queries: &self.queries,
                     out: &disjoint,
                     token,
@@ -81,14 +95,31 @@ impl Input {
                     head: kv_head * self.group,
                     group: self.group,
                     scale: 0.7,
+                    window,
                 });
             }
         }
         out
     }
 
+    /// Close to what it should be, and the same on every instruction set in chunks of any size.
+    fn check<C: KvLine>(&self, window: usize, want: &[f64], tolerance: f64) {
+        let pool = self.pool::<C>();
+        let whole = self.attend(Isa::best(), &pool, TOKENS, window);
+        let name = std::any::type_name::<C>();
+        let what = format!("group {}, window {window}, {name}", self.group);
+        let off = furthest(&whole, want);
+        assert!(off < tolerance, "{what}: {off}");
+        for isa in Isa::available() {
+            for tokens in [1, 2, 7, 16] {
+                let got = self.attend(isa, &pool, tokens, window);
+                assert_eq!(got, whole, "{} by {tokens}, {what}", isa.name());
+            }
+        }
+    }
+
     /// Softmax attention as its definition says, in float64.
-    fn reference(&self) -> Vec<f64> {
+    fn reference(&self, window: usize) -> Vec<f64> {
         let dim = self.head_dim;
         let heads = KV_HEADS * self.group;
         let mut out = Vec::new();
@@ -104,11 +135,15 @@ impl Input {
                     .sum();
                 (sum * 0.7).exp()
             };
-            let weights: Vec<f64> = (0..=token).map(score).collect();
+            let first = (token + 1).saturating_sub(window);
+            let weights: Vec<f64> = (first..=token).map(score).collect();
             let sum: f64 = weights.iter().sum();
             out.extend((0..dim).map(|d| {
                 let values = weights.iter().enumerate();
-                values.map(|(t, w)| w * of(&self.values, t, d)).sum::<f64>() / sum
+                values
+                    .map(|(t, w)| w * of(&self.values, first + t, d))
+                    .sum::<f64>()
+                    / sum
             }));
         }
         out
@@ -123,19 +158,13 @@ fn furthest(got: &[f32], want: &[f64]) -> f64 {
 #[test]
 fn close_to_float64_and_equal_on_every_path() {
     for (group, head_dim) in [(1, 16), (3, 64), (5, 48), (8, 32)] {
-        let input = Input::new(group, head_dim);
-        let want = input.reference();
-        let (wide, narrow) = (input.pool::<F32x16>(), input.pool::<F16x16>());
-        let whole = input.attend(Isa::best(), &wide, TOKENS);
-        let whole_f16 = input.attend(Isa::best(), &narrow, TOKENS);
-        assert!(furthest(&whole, &want) < 2e-6, "group {group}");
-        assert!(furthest(&whole_f16, &want) < 2e-3, "group {group}, float16");
-        for isa in Isa::available() {
-            for tokens in [1, 2, 7, 16] {
-                let path = format!("{} by {tokens}, group {group}", isa.name());
-                assert_eq!(input.attend(isa, &wide, tokens), whole, "{path}");
-                assert_eq!(input.attend(isa, &narrow, tokens), whole_f16, "{path}");
-            }
+        for window in [usize::MAX, 1, 16, 21] {
+            let input = Input::new(group, head_dim);
+            let want = input.reference(window);
+            input.check::<F32x16>(window, &want, 2e-6);
+            input.check::<F16x16>(window, &want, 2e-3);
+            input.check::<Bf16x16>(window, &want, 2e-2);
+            input.check::<I8x16>(window, &want, 2e-2);
         }
     }
 }

@@ -61,7 +61,7 @@ impl Column for F16x16 {
 
 /// Sixteen bfloat16.
 #[derive(Clone, Copy)]
-pub(super) struct Bf16x16(Half16);
+pub(crate) struct Bf16x16(Half16);
 
 impl Column for Bf16x16 {
     const ZERO: Self = Bf16x16(Half16([0; PANEL]));

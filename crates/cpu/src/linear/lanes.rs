@@ -15,6 +15,11 @@ pub(crate) struct F32x16(pub(crate) [f32; 16]);
 #[repr(C, align(32))]
 pub(crate) struct Half16(pub(crate) [u16; 16]);
 
+/// Sixteen int8.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(16))]
+pub(crate) struct I8x16(pub(crate) [i8; 16]);
+
 /// 64 bytes: four per lane, or eight nibbles per lane.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
@@ -44,6 +49,7 @@ pub(crate) trait Lanes: Copy {
     fn load(self, value: &F32x16) -> Self::F;
     fn load_f16(self, value: &Half16) -> Self::F;
     fn load_bf16(self, value: &Half16) -> Self::F;
+    fn load_i8(self, value: &I8x16) -> Self::F;
     fn store(self, value: Self::F) -> F32x16;
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
@@ -116,6 +122,11 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn load_bf16(self, value: &Half16) -> Self::F {
         value.0.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn load_i8(self, value: &I8x16) -> Self::F {
+        value.0.map(f32::from)
     }
 
     #[inline(always)]

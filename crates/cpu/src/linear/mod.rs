@@ -27,9 +27,9 @@ use spate_model::quant::{GgmlType, QuantError};
 
 use crate::pool::{Disjoint, ThreadPool};
 use activations::{ActBlock, BLOCK, quantize};
-use dense::{Bf16x16, Dense};
-pub(crate) use dense::{Column, F16x16};
-pub(crate) use lanes::{F32x16, Kernel, Lanes};
+use dense::Dense;
+pub(crate) use dense::{Bf16x16, Column, F16x16};
+pub(crate) use lanes::{F32x16, I8x16, Kernel, Lanes};
 use packed::Packed;
 use sweep::{Sweep, panels};
 
@@ -74,6 +74,11 @@ impl Scratch {
     pub fn bytes(&self) -> usize {
         size_of_val(&*self.blocks)
     }
+
+    /// What [`bytes`](Self::bytes) will say of room for so many activations.
+    pub fn bytes_for(activations: u64) -> u64 {
+        activations.div_ceil(BLOCK as u64) * size_of::<ActBlock>() as u64
+    }
 }
 
 impl LinearWeight {
@@ -92,7 +97,7 @@ impl LinearWeight {
         Ok(Self { rows, cols, data })
     }
 
-    /// Keeps the weights as wide as they are in the file, or nearly: formats of 5 and 6 bits take 8,
+    /// Keeps the weights as wide as they are in the file, or nearly: formats of 5 and 6 bits, and of 4 with a table, take 8,
     /// and groups of 16 have a float16 scale each.
     ///
     /// # Errors
@@ -131,6 +136,22 @@ impl LinearWeight {
             Data::Bf16(dense) => dense.bytes(),
             Data::Packed(packed) => packed.bytes(),
         }
+    }
+
+    /// What [`bytes`](Self::bytes) will say of an [`exact`](Self::exact) matrix of `(rows, cols)`.
+    pub fn exact_bytes((rows, cols): (usize, usize)) -> u64 {
+        (panels(rows) * cols * size_of::<F32x16>()) as u64
+    }
+
+    /// What [`bytes`](Self::bytes) will say of a [`fast`](Self::fast) matrix of `(rows, cols)`.
+    pub fn fast_bytes(ty: GgmlType, (rows, cols): (usize, usize)) -> u64 {
+        let column = match (ty, ty.scheme()) {
+            (_, Some(scheme)) => return Packed::bytes_for(scheme, (rows, cols)) as u64,
+            (GgmlType::F16, _) => size_of::<F16x16>(),
+            (GgmlType::BF16, _) => size_of::<Bf16x16>(),
+            _ => size_of::<F32x16>(),
+        };
+        (panels(rows) * cols * column) as u64
     }
 
     /// One row as float32: what an embedding looks up.

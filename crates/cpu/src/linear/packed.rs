@@ -110,6 +110,14 @@ impl Packed {
         packed
     }
 
+    /// Bytes of a matrix of quantised weights, before it is made.
+    pub(super) fn bytes_for(scheme: Scheme, (rows, cols): (usize, usize)) -> usize {
+        let format = Format::new(scheme);
+        let floats = if format.has_min { 2 } else { 1 };
+        let group = format.lines_per_group() * size_of::<Line>() + floats * size_of::<Half16>();
+        panels(rows) * (cols / format.group) * group
+    }
+
     /// Bytes in memory.
     pub(super) fn bytes(&self) -> usize {
         size_of_val(&*self.lines) + size_of_val(&*self.scales) + size_of_val(&*self.mins)

@@ -66,7 +66,12 @@ impl Random {
 fn half_fields(ty: GgmlType) -> &'static [usize] {
     match ty {
         GgmlType::F32 | GgmlType::BF16 => &[],
-        GgmlType::F16 | GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
+        GgmlType::F16
+        | GgmlType::Q4_0
+        | GgmlType::Q5_0
+        | GgmlType::Q8_0
+        | GgmlType::Iq4Nl
+        | GgmlType::Iq4Xs => &[0],
         GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4K | GgmlType::Q5K => &[0, 2],
         GgmlType::Q2K => &[80, 82],
         GgmlType::Q3K => &[108],
@@ -304,5 +309,25 @@ fn bytes_that_do_not_fit_the_shape_are_refused() {
             new(usize::MAX, 256, all),
             QuantError::TooLarge { .. }
         ));
+    }
+}
+
+#[test]
+fn sizes_are_known_before() {
+    let mut random = Random(5);
+    let pool = ThreadPool::new(1).unwrap();
+    for ty in GgmlType::ALL {
+        for (rows, cols) in [(1, 256), (48, 512)] {
+            let matrix = random.matrix(ty, rows, cols);
+            let shape = (rows, cols);
+            let exact = LinearWeight::exact(ty, shape, &matrix.bytes, &pool).unwrap();
+            assert_eq!(exact.bytes() as u64, LinearWeight::exact_bytes(shape));
+            let fast = LinearWeight::fast(ty, shape, &matrix.bytes, &pool).unwrap();
+            assert_eq!(
+                fast.bytes() as u64,
+                LinearWeight::fast_bytes(ty, shape),
+                "{ty}"
+            );
+        }
     }
 }

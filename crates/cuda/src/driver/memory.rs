@@ -168,6 +168,11 @@ impl Arena {
         ((len * size_of::<T>()) as u64).next_multiple_of(ALIGN)
     }
 
+    /// Takes everything back that was handed out: what is left of it must not be used any more.
+    pub fn reset(&mut self) {
+        self.used = 0;
+    }
+
     /// All of it.
     pub fn size(&self) -> u64 {
         self.size

@@ -3,64 +3,98 @@ use std::ffi::c_void;
 use cudarc::driver::sys;
 use half::bf16;
 
-use super::{Parameter, Slice};
+use super::{Plain, Slice};
 use crate::CudaError;
 use crate::error::Check;
 
-/// Tells the tensor memory accelerator (compute capability 9.0) how a matrix lies in memory, and the size
-/// of the boxes in which it is copied to shared memory. Kernels take it by value.
-#[derive(Clone, Copy)]
-pub struct TensorMap(sys::CUtensorMap);
+/// How the tensor memory accelerator of compute capability 9.0 sees bfloat16 numbers in memory: a copy
+/// moves one box of them to or from shared memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub struct TensorMap([u8; 128]);
 
-// SAFETY: a description, no handle.
-unsafe impl Send for TensorMap {}
-// SAFETY: as above.
-unsafe impl Sync for TensorMap {}
-
-// SAFETY: the 128 bytes that the driver made, aligned as it wants them.
-unsafe impl Parameter for TensorMap {
-    fn address(&self) -> *mut c_void {
-        std::ptr::from_ref(&self.0).cast_mut().cast()
-    }
-}
+// SAFETY: 128 bytes that the driver fills and the GPU reads.
+unsafe impl Plain for TensorMap {}
 
 impl TensorMap {
-    /// A tensor of up to five dimensions, the first of them contiguous, which is copied in boxes with the
-    /// 128-byte swizzle: the 16-byte pieces of a row of 128 bytes are permuted so that wgmma reads without
-    /// bank conflicts. `pitches` are the bytes from one index to the next of the second dimension and the
-    /// following ones. What lies outside the tensor is read as zero.
+    /// The map that no kernel reads.
+    pub const UNUSED: Self = Self([0; 128]);
+
+    /// A matrix `[rows, cols]` in boxes `[box_rows, box_cols]`. Rows of a box have 64 or 128 bytes and
+    /// are swizzled over as many. What a box has outside the matrix is read as zero and not written.
     ///
     /// # Errors
-    /// When the sizes are not possible.
-    pub fn swizzled<const DIMENSIONS: usize>(
-        data: Slice<bf16>,
-        sizes: [u64; DIMENSIONS],
-        pitches: &[u64],
-        box_sizes: [u32; DIMENSIONS],
+    /// When the driver finds the sizes impossible: `cols` is to be a multiple of 8, `box_rows` at
+    /// most 256.
+    ///
+    /// # Panics
+    /// If the memory is smaller than the matrix or the box has another width.
+    pub fn new(
+        matrix: Slice<bf16>,
+        [rows, cols]: [usize; 2],
+        [box_rows, box_cols]: [u32; 2],
     ) -> Result<Self, CudaError> {
-        assert_eq!(pitches.len() + 1, DIMENSIONS);
-        let steps = [1; DIMENSIONS];
-        // SAFETY: all zeros is a value of this C struct.
-        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointers are to live memory of as many dimensions as are said; the tensor's address
-        // is only noted.
+        assert!(matrix.len() >= rows * cols);
+        let swizzle = match box_cols {
+            32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            _ => panic!("a box is 32 or 64 elements wide, not {box_cols}"),
+        };
+        let (sizes, pitch) = ([cols as u64, rows as u64], [2 * cols as u64]);
+        Self::encode(matrix, sizes, &pitch, [box_cols, box_rows], swizzle)
+    }
+
+    /// The rows of attention heads, `[rows, columns]`, in boxes of whole rows, which go to shared memory as
+    /// parts of 64 elements: of 8 rows first the first part, then the second and so on, then the next 8
+    /// rows. Each part of a row has 128 bytes and is swizzled over as many.
+    ///
+    /// What a box has behind the last row is read as zero. Where `columns` is no multiple of 64, the last
+    /// part ends with elements of the next row, or with what lies up to 64 bytes behind the last one.
+    ///
+    /// # Errors
+    /// When the driver finds the sizes impossible: `columns` is to be a multiple of 8, `box_rows` one of
+    /// 8 and at most 256.
+    pub fn heads(data: Slice<bf16>, columns: u32, box_rows: u32) -> Result<Self, CudaError> {
+        let (parts, pitch) = (columns.div_ceil(64), 2 * u64::from(columns));
+        let groups = data.len() / (8 * columns as usize);
+        Self::encode(
+            data,
+            [64, 8, u64::from(parts), groups as u64],
+            &[pitch, 128, 8 * pitch],
+            [64, 8, parts, box_rows / 8],
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        )
+    }
+
+    /// Sizes from the innermost dimension outwards; `pitches` are in bytes, of all but the innermost.
+    fn encode<const RANK: usize>(
+        data: Slice<bf16>,
+        sizes: [u64; RANK],
+        pitches: &[u64],
+        box_sizes: [u32; RANK],
+        swizzle: sys::CUtensorMapSwizzle,
+    ) -> Result<Self, CudaError> {
+        assert_eq!(pitches.len() + 1, RANK);
+        let (mut map, element_strides) = (Self::UNUSED, [1; RANK]);
+        // SAFETY: the map has the size and alignment of a CUtensorMap; the arrays are as long as the rank
+        // says (pitches: one less).
         unsafe {
             sys::cuTensorMapEncodeTiled(
-                &raw mut map,
+                (&raw mut map).cast(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                DIMENSIONS as u32,
+                RANK as u32,
                 data.address() as *mut c_void,
                 sizes.as_ptr(),
                 pitches.as_ptr(),
                 box_sizes.as_ptr(),
-                steps.as_ptr(),
+                element_strides.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         }
-        .check("describing a tensor for block copies")?;
-        Ok(Self(map))
+        .check("describing memory for block copies")?;
+        Ok(map)
     }
 }

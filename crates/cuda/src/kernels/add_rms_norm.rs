@@ -7,7 +7,8 @@ use crate::driver::{Device, Kernel, Module, Shape, Slice, Stream};
 /// Vectors that a thread keeps in registers.
 const MAX_TURNS: usize = 4;
 
-/// `residual += delta`, then `out = residual / rms(residual) * norm`.
+/// `residual += delta`, then `out = residual / rms(residual) * norm`. A delta with a norm of its own
+/// is normalised in the same way before.
 pub struct AddRmsNorm(Kernel);
 
 impl AddRmsNorm {
@@ -23,7 +24,8 @@ impl AddRmsNorm {
         Ok(Self(module.kernel(c"add_rms_norm")?))
     }
 
-    /// `delta` (if there is one), `residual` and `out`: `[tokens, width]`; `norm`: `[width]`.
+    /// `delta` (if there is one), `residual` and `out`: `[tokens, width]`; `norm` and the delta's own
+    /// (if it has one): `[width]`.
     ///
     /// # Errors
     /// When the device is lost.
@@ -37,7 +39,7 @@ impl AddRmsNorm {
         &self,
         stream: &Stream,
         tokens: usize,
-        delta: Option<Slice<bf16>>,
+        delta: Option<(Slice<bf16>, Option<Slice<f32>>)>,
         residual: Slice<bf16>,
         norm: Slice<f32>,
         eps: f32,
@@ -45,14 +47,16 @@ impl AddRmsNorm {
     ) -> Result<(), CudaError> {
         let width = norm.len();
         assert!(width.is_multiple_of(VEC) && width <= Self::MAX_WIDTH);
-        let least = delta.map_or(out.len(), |d| d.len());
+        let (delta, delta_norm) = delta.unwrap_or((Slice::null(), None));
+        let least = if delta.is_empty() { out } else { delta }.len();
+        assert!(delta_norm.is_none_or(|norm| norm.len() == width));
         assert!(least.min(residual.len()).min(out.len()) >= tokens * width);
         // The fewest threads that hold the row in half of the registers: the width alone decides.
         let vectors = width / VEC;
         let threads = vectors.div_ceil(2).next_multiple_of(32).clamp(32, 1024) as u32;
         let shape = Shape::new(tokens as u32, threads);
-        let delta = delta.unwrap_or(Slice::null());
-        let arguments = (delta, residual, norm, eps, width as u32, out);
+        let delta_norm = delta_norm.unwrap_or(Slice::null());
+        let arguments = (delta, delta_norm, residual, norm, eps, width as u32, out);
         // SAFETY: the types are those of add_rms_norm.cu, the lengths were checked, the caller
         // vouches for the rest.
         unsafe { self.0.launch(stream, shape, &arguments) }

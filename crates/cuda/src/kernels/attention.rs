@@ -247,7 +247,7 @@ impl Attention {
                 prefill.allow_shared_bytes(sizes.shared_bytes(head_dim, false))?;
                 decode.allow_shared_bytes(sizes.shared_bytes(head_dim, true))?;
                 let box_rows = box_rows(block_size, sizes.tile);
-                let map = rows_of_heads(cache, head_dim, box_rows)?;
+                let map = TensorMap::heads(cache, head_dim, box_rows)?;
                 hopper = Some(Hopper { map, box_rows });
             }
             Path::Portable => {
@@ -496,18 +496,6 @@ impl Attention {
             }
         }
     }
-}
-
-/// Describes the cache as attention_sm90a.cu reads it.
-fn rows_of_heads(cache: Slice<bf16>, head_dim: u32, box_rows: u32) -> Result<TensorMap, CudaError> {
-    let (parts, pitch) = (head_dim.div_ceil(64), u64::from(head_dim) * 2);
-    let groups = (cache.len() / (8 * head_dim as usize)) as u64;
-    TensorMap::swizzled(
-        cache,
-        [64, 8, u64::from(parts), groups],
-        &[pitch, 128, 8 * pitch],
-        [64, 8, parts, box_rows / 8],
-    )
 }
 
 /// Rows of a box: it lies inside a block, and boxes fill a tile.

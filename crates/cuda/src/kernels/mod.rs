@@ -11,7 +11,12 @@ mod add_rms_norm;
 mod attention;
 mod copy_blocks;
 mod embed;
+mod gemm;
+mod gemm_sm90a;
+mod packed;
 mod rope;
+mod sample;
+mod scatter;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
@@ -20,7 +25,15 @@ pub use attention::{
 };
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
+pub use gemm::{GemmPortable, Output, Product};
+pub use gemm_sm90a::GemmHopper;
+pub use packed::{Form, Packed};
 pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
+pub use sample::{
+    Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
+    Top, Want,
+};
+pub use scatter::Scatter;
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {

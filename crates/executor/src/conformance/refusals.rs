@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use spate_types::{BlockId, SamplingParams, Slot};
+use spate_types::{BlockId, LocalBlocks, SamplingParams, Slot};
 
 use super::{Job, Rig, sampled};
 use crate::{Batch, Bind, BlockCopy, Capacity, ExecutorError, Input, Lane, Row};
@@ -154,12 +154,13 @@ impl Rig {
         for (what, bad) in bad_rows {
             self.refused(what, vec![next(), bad]);
         }
+        self.refuses_bad_local_blocks(&next(), &row);
         self.refuses_bad_copies(&next());
         self.refuses_too_many_tokens(&next());
         if !self.capacity.lanes.contains(&Lane::Prefill) {
             let batch = Batch {
-                copies: Vec::new(),
                 rows: vec![next()],
+                ..Batch::default()
             };
             let result = self.executor.submit(Lane::Prefill, batch);
             assert!(
@@ -171,6 +172,52 @@ impl Rig {
         let mut output = vec![sampled(&first[0])];
         self.decode(&good, &mut output);
         assert_eq!(output, alone, "something of a rejected batch ran");
+    }
+
+    fn refuses_bad_local_blocks(&mut self, good: &Row, row: &Row) {
+        let with = |first: u32, block: u32| Row {
+            local: LocalBlocks {
+                first,
+                blocks: Arc::new(vec![BlockId(block); self.width as usize]),
+            },
+            ..row.clone()
+        };
+        let copy = |src: u32, dst: u32| {
+            let (src, dst) = (BlockId(src), BlockId(dst));
+            vec![BlockCopy { src, dst }]
+        };
+        let Some(local) = self.capacity.local else {
+            let bad = vec![good.clone(), with(0, 0)];
+            return self.refused("local blocks where there is no pool of them", bad);
+        };
+        let copies = Batch {
+            local_copies: copy(0, local.blocks),
+            rows: vec![good.clone()],
+            ..Batch::default()
+        };
+        let twice = Row {
+            local: good.local.clone(),
+            ..row.clone()
+        };
+        let none = Row {
+            local: LocalBlocks::default(),
+            ..row.clone()
+        };
+        let bad = [
+            ("a local block out of range", with(0, local.blocks)),
+            ("local blocks that begin behind what is seen", with(1, 0)),
+            ("no local blocks", none),
+        ];
+        for (what, bad) in bad {
+            self.refused(what, vec![good.clone(), bad]);
+        }
+        self.refused_batch("a local copy to out of range", copies);
+        // Both start at 0, in the same local blocks.
+        let first = Row {
+            start: 0,
+            ..good.clone()
+        };
+        self.refused("a local block that another row writes", vec![first, twice]);
     }
 
     fn refuses_bad_copies(&mut self, good: &Row) {
@@ -198,6 +245,7 @@ impl Rig {
                 Batch {
                     copies,
                     rows: vec![good.clone()],
+                    ..Batch::default()
                 },
             );
         }

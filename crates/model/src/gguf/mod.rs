@@ -1,26 +1,24 @@
-//! GGUF version 3: one file with metadata, vocabulary and tensors.
+//! GGUF version 3: metadata, vocabulary and tensors, in one file or several.
 //!
-//! The header is read once, with every length and count compared with the size of the file before
-//! anything of that size is allocated. Tensor data is read on demand into memory that the caller
-//! owns, not memory-mapped: a file that shrinks or changes while the model serves can't take the
-//! process down, and no page of it stays resident beside the backend's own copy.
+//! A header is read once, with every length and count compared with the size of the file before
+//! anything of that size is allocated.
 
+mod config;
 mod metadata;
 mod reader;
+mod split;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 pub use metadata::{Array, Metadata, Value};
 use reader::Reader;
 
-use crate::ModelError;
+use crate::data_file::DataFile;
 use crate::quant::GgmlType;
+use crate::{Checkpoint, ModelConfig, ModelError, TensorInfo};
 
 const MAGIC: [u8; 4] = *b"GGUF";
 const VERSION: u32 = 3;
@@ -28,93 +26,50 @@ const DEFAULT_ALIGNMENT: u32 = 32;
 const MAX_ALIGNMENT: u32 = 1 << 20;
 const MAX_DIMS: u32 = 4;
 
-/// An open GGUF file.
+/// An open GGUF model.
 #[derive(Debug)]
 pub struct Gguf {
-    path: PathBuf,
-    file: File,
-    file_bytes: u64,
+    /// At least one; the first holds the metadata.
+    files: Vec<DataFile>,
     metadata: Metadata,
     tensors: Vec<TensorInfo>,
 }
 
-/// Where a tensor lies and what it looks like.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// Unique in the file.
-    pub name: String,
-    /// Sizes, the contiguous dimension first: a matrix `[rows, cols]` has `dims == [cols, rows]`.
-    pub dims: Vec<u64>,
-    /// Element format.
-    pub ggml_type: GgmlType,
-    /// Of the first byte, from the start of the file.
-    pub offset: u64,
-    /// Size of the data.
-    pub bytes: usize,
-}
-
 impl Gguf {
-    /// Reads and checks the header.
+    /// Reads and checks the header, and those of the other files if the model is split: then `path`
+    /// is the first, and the others are found by their names.
     ///
     /// # Errors
-    /// When the file can't be read, is not GGUF version 3, or any field contradicts the size of
-    /// the file or another field.
+    /// When a file is missing or can't be read, is not GGUF version 3, or any field contradicts the
+    /// size of the file or another field.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let mut r = Reader::open(path)?;
-        if r.bytes("magic number")? != MAGIC {
-            return Err(r.error(0, "not a GGUF file (it does not begin with `GGUF`)"));
+        let first = Header::read(path)?;
+        let others = split::read_others(path, &first)?;
+        let mut gguf = Self {
+            files: vec![first.file],
+            metadata: first.metadata,
+            tensors: first.tensors,
+        };
+        for header in others {
+            gguf.files.push(header.file);
+            gguf.tensors.extend(header.tensors);
         }
-        match r.u32("version")? {
-            VERSION => {}
-            v if v.swap_bytes() == VERSION => {
-                return Err(r.error(4, "big-endian GGUF is not supported"));
-            }
-            v => {
-                return Err(r.error(
-                    4,
-                    format!("GGUF version {v} is not supported, only {VERSION}"),
-                ));
-            }
-        }
-        // Shortest possible tensor: name length, dimension count, one dimension, type, offset.
-        let tensor_count = r.count(8 + 4 + 8 + 4 + 8, "tensor count")?;
-        // Shortest possible pair: key length, type, one byte.
-        let pair_count = r.count(8 + 4 + 1, "metadata count")?;
-        let metadata = Metadata::read(&mut r, pair_count, path.to_owned())?;
-        let alignment = alignment(&metadata, &r)?;
-        let tensors = read_tensors(&mut r, tensor_count, alignment)?;
-        Ok(Self {
-            path: path.to_owned(),
-            file_bytes: r.size,
-            file: r.into_file(),
-            metadata,
-            tensors,
-        })
+        Ok(gguf)
     }
 
-    /// The file.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The files, the one with the metadata first.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(DataFile::path)
     }
 
-    /// Its size.
+    /// Size of all files together.
     pub fn file_bytes(&self) -> u64 {
-        self.file_bytes
+        self.files.iter().map(DataFile::size).sum()
     }
 
     /// The key-value section.
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
-    }
-
-    /// All tensors, in order of their data.
-    pub fn tensors(&self) -> &[TensorInfo] {
-        &self.tensors
-    }
-
-    /// One tensor by name.
-    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
-        self.tensors.iter().find(|t| t.name == name)
     }
 
     /// `general.architecture`, or an empty string.
@@ -139,34 +94,69 @@ impl Gguf {
         }
     }
 
-    /// Appends a tensor's bytes to `out`. May be called from several threads at once.
-    ///
-    /// # Errors
-    /// When the file can't be read or has shrunk since it was opened.
-    pub fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
-        let start = out.len();
-        out.resize(start + tensor.bytes, 0);
-        self.file
-            .read_exact_at(&mut out[start..], tensor.offset)
-            .map_err(|source| match source.kind() {
-                ErrorKind::UnexpectedEof => ModelError::Format {
-                    file: self.path.clone(),
-                    offset: tensor.offset,
-                    problem: format!("the file shrank: tensor `{}` is cut", tensor.name),
-                },
-                _ => ModelError::Io {
-                    file: self.path.clone(),
-                    source,
-                },
-            })
-    }
-
     /// An error about the model in this file.
     pub(crate) fn error(&self, problem: impl Into<String>) -> ModelError {
-        ModelError::Model {
-            file: self.path.clone(),
-            problem: problem.into(),
+        (self as &dyn Checkpoint).error(problem)
+    }
+}
+
+impl Checkpoint for Gguf {
+    fn path(&self) -> &Path {
+        self.files[0].path()
+    }
+
+    fn config(&self) -> Result<ModelConfig, ModelError> {
+        ModelConfig::from_gguf(self)
+    }
+
+    /// In order of their files and data.
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
+        self.files[tensor.file].read(tensor, out)
+    }
+}
+
+/// What one file says.
+struct Header {
+    file: DataFile,
+    metadata: Metadata,
+    tensors: Vec<TensorInfo>,
+}
+
+impl Header {
+    fn read(path: &Path) -> Result<Self, ModelError> {
+        let mut r = Reader::open(path)?;
+        if r.bytes("magic number")? != MAGIC {
+            return Err(r.error(0, "not a GGUF file (it does not begin with `GGUF`)"));
         }
+        match r.u32("version")? {
+            VERSION => {}
+            v if v.swap_bytes() == VERSION => {
+                return Err(r.error(4, "big-endian GGUF is not supported"));
+            }
+            v => {
+                return Err(r.error(
+                    4,
+                    format!("GGUF version {v} is not supported, only {VERSION}"),
+                ));
+            }
+        }
+        // Shortest possible tensor: name length, dimension count, one dimension, type, offset.
+        let tensor_count = r.count(8 + 4 + 8 + 4 + 8, "tensor count")?;
+        // Shortest possible pair: key length, type, one byte.
+        let pair_count = r.count(8 + 4 + 1, "metadata count")?;
+        let metadata = Metadata::read(&mut r, pair_count, path.to_owned())?;
+        let alignment = alignment(&metadata, &r)?;
+        let tensors = read_tensors(&mut r, tensor_count, alignment)?;
+        let size = r.size;
+        Ok(Self {
+            file: DataFile::new(path, r.into_file(), size),
+            metadata,
+            tensors,
+        })
     }
 }
 
@@ -267,6 +257,7 @@ fn read_tensor_info(r: &mut Reader, alignment: u64) -> Result<TensorInfo, ModelE
         name,
         dims,
         ggml_type,
+        file: 0,
         offset,
         bytes,
     })

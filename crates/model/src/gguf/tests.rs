@@ -2,8 +2,9 @@
 
 use proptest::prelude::*;
 
+use crate::testing::hf::TempDir;
 use crate::testing::{GgufBuilder, TempFile, TinyLlama, tiny_llama};
-use crate::{Gguf, ModelConfig, ModelError};
+use crate::{Checkpoint, Gguf, ModelConfig, ModelError};
 
 fn open(bytes: &[u8]) -> Result<Gguf, ModelError> {
     Gguf::open(TempFile::new(bytes).path())
@@ -201,6 +202,101 @@ fn a_random_model_has_a_configuration() {
     assert_eq!((config.heads, config.kv_heads, config.head_dim), (4, 2, 16));
     assert_eq!((config.vocab_size, config.context_len), (259, 512));
     assert_eq!(config.rope.base, 10_000.0);
+}
+
+/// Two files of a model: `a` in the first, `b` in the second.
+struct Split {
+    files: [GgufBuilder; 2],
+    dir: TempDir,
+}
+
+impl Split {
+    fn new() -> Self {
+        let files = [0, 1].map(|i| {
+            let mut g = GgufBuilder::default();
+            g.u32("split.no", i).u32("split.count", 2);
+            g.u32("split.tensors.count", 2);
+            g.tensor(["a", "b"][i as usize], &[4], 0, vec![i as u8 + 1; 16]);
+            g
+        });
+        let dir = TempDir::new();
+        Self { files, dir }
+    }
+
+    fn open(&self) -> Result<Gguf, ModelError> {
+        let first = self
+            .dir
+            .write("m-00001-of-00002.gguf", self.files[0].build());
+        self.dir
+            .write("m-00002-of-00002.gguf", self.files[1].build());
+        Gguf::open(&first)
+    }
+
+    fn refusal(&self) -> String {
+        self.open().unwrap_err().to_string()
+    }
+}
+
+#[test]
+fn models_in_several_files() {
+    let mut split = Split::new();
+    split.files[0].str("general.architecture", "llama");
+    let gguf = split.open().unwrap();
+    assert_eq!(gguf.architecture(), "llama");
+    for (name, byte) in [("a", 1), ("b", 2)] {
+        let mut bytes = Vec::new();
+        gguf.read(gguf.tensor(name).unwrap(), &mut bytes).unwrap();
+        assert_eq!(bytes, [byte; 16]);
+    }
+    let sizes = split.files.iter().map(|f| f.build().len() as u64);
+    assert_eq!(gguf.file_bytes(), sizes.sum::<u64>());
+}
+
+#[test]
+fn split_models_must_be_complete() {
+    let split = Split::new();
+    split.open().unwrap();
+    let second = split.dir.path().join("m-00002-of-00002.gguf");
+    let named = Gguf::open(&second).unwrap_err().to_string();
+    assert!(named.contains("file 2 of 2; name the first"), "{named}");
+    std::fs::remove_file(&second).unwrap();
+    let first = split.dir.path().join("m-00001-of-00002.gguf");
+    let missing = Gguf::open(&first).unwrap_err().to_string();
+    assert!(
+        missing.contains("m-00002-of-00002.gguf: cannot read"),
+        "{missing}"
+    );
+    let renamed = split.dir.path().join("other.gguf");
+    std::fs::rename(first, &renamed).unwrap();
+    let lost = Gguf::open(&renamed).unwrap_err().to_string();
+    assert!(
+        lost.contains("must be called NAME-00001-of-00002.gguf"),
+        "{lost}"
+    );
+}
+
+#[test]
+fn files_of_a_split_model_must_agree() {
+    let mut split = Split::new();
+    split.files[1].tensor("a", &[1], 0, vec![0; 4]);
+    assert!(split.refusal().contains("`a` is in another file"));
+
+    let mut split = Split::new();
+    split.files[1].tensor("c", &[1], 0, vec![0; 4]);
+    assert!(split.refusal().contains("hold 3 tensors"));
+
+    let mut split = Split::new();
+    split.files[1] = GgufBuilder::default();
+    assert!(
+        split
+            .refusal()
+            .contains("does not say that it is file 2 of 2")
+    );
+
+    let mut split = Split::new();
+    split.files[0] = GgufBuilder::default();
+    split.files[0].u32("split.count", u32::MAX);
+    assert!(split.refusal().contains("is over"));
 }
 
 proptest! {

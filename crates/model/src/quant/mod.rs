@@ -8,6 +8,7 @@
 //! GGUF files declare as `general.quantization_version = 2`).
 
 mod blocks;
+mod iq4_blocks;
 mod k_blocks;
 #[cfg(test)]
 mod tests;
@@ -62,6 +63,8 @@ pub fn unpack(ty: GgmlType, block: &[u8], out: &mut Unpacked) {
         GgmlType::Q4K => k_blocks::q4_k(block, out),
         GgmlType::Q5K => k_blocks::q5_k(block, out),
         GgmlType::Q6K => k_blocks::q6_k(block, out),
+        GgmlType::Iq4Nl => iq4_blocks::iq4_nl(block, out),
+        GgmlType::Iq4Xs => iq4_blocks::iq4_xs(block, out),
         GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => panic!("{ty} is not a quantised type"),
     }
 }

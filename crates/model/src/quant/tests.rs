@@ -62,6 +62,12 @@ fn blocks_agree_with_another_implementation() {
             ],
             -971_248.0,
         ),
+        (GgmlType::Iq4Nl, &[56.5, -32.5, -17.5, 12.5, 0.5], 568.5),
+        (
+            GgmlType::Iq4Xs,
+            &[586.5, 586.5, -884.0, -420.0, 58.5, 513.0, -402.5, -445.0],
+            1_297_803.5,
+        ),
     ];
     for (ty, values, sum) in expected {
         let mut out = vec![0.0; ty.block_elems()];
@@ -201,9 +207,9 @@ fn type_numbers() {
         .filter_map(|id| GgmlType::from_u32(id).ok())
         .collect();
     assert_eq!(known, GgmlType::ALL);
-    let iq = GgmlType::from_u32(23).unwrap_err();
-    assert_eq!(iq, QuantError::Unsupported { name: "IQ4_XS" });
-    assert!(iq.to_string().contains("IQ4_XS is not supported"), "{iq}");
+    let iq = GgmlType::from_u32(21).unwrap_err();
+    assert_eq!(iq, QuantError::Unsupported { name: "IQ3_S" });
+    assert!(iq.to_string().contains("IQ3_S is not supported"), "{iq}");
     assert!(iq.to_string().contains("Q4_K, Q5_K, Q6_K"), "{iq}");
     assert_eq!(
         GgmlType::from_u32(u32::MAX),

@@ -29,6 +29,10 @@ pub enum GgmlType {
     Q5K,
     /// 6 bits; blocks of 256 with an 8-bit scale per 16.
     Q6K,
+    /// 4 bits that choose from a table of 16 values, a scale per 32.
+    Iq4Nl,
+    /// The same; blocks of 256 with a 6-bit scale per 32.
+    Iq4Xs,
 }
 
 /// How a quantised type spends its bits; see [`Unpacked`](super::Unpacked) for the formula.
@@ -100,7 +104,7 @@ pub enum QuantError {
 
 impl GgmlType {
     /// Every type, in the order of GGML's numbers.
-    pub const ALL: [GgmlType; 13] = [
+    pub const ALL: [GgmlType; 15] = [
         GgmlType::F32,
         GgmlType::F16,
         GgmlType::Q4_0,
@@ -113,6 +117,8 @@ impl GgmlType {
         GgmlType::Q4K,
         GgmlType::Q5K,
         GgmlType::Q6K,
+        GgmlType::Iq4Nl,
+        GgmlType::Iq4Xs,
         GgmlType::BF16,
     ];
 
@@ -135,6 +141,8 @@ impl GgmlType {
             12 => return Ok(GgmlType::Q4K),
             13 => return Ok(GgmlType::Q5K),
             14 => return Ok(GgmlType::Q6K),
+            20 => return Ok(GgmlType::Iq4Nl),
+            23 => return Ok(GgmlType::Iq4Xs),
             30 => return Ok(GgmlType::BF16),
             4 => "Q4_2",
             5 => "Q4_3",
@@ -144,10 +152,8 @@ impl GgmlType {
             17 => "IQ2_XS",
             18 => "IQ3_XXS",
             19 => "IQ1_S",
-            20 => "IQ4_NL",
             21 => "IQ3_S",
             22 => "IQ2_S",
-            23 => "IQ4_XS",
             24 => "I8",
             25 => "I16",
             26 => "I32",
@@ -184,6 +190,8 @@ impl GgmlType {
             GgmlType::Q4K => "Q4_K",
             GgmlType::Q5K => "Q5_K",
             GgmlType::Q6K => "Q6_K",
+            GgmlType::Iq4Nl => "IQ4_NL",
+            GgmlType::Iq4Xs => "IQ4_XS",
         }
     }
 
@@ -191,10 +199,18 @@ impl GgmlType {
     pub fn block_elems(self) -> usize {
         match self {
             GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => 1,
-            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q8_0 => {
-                32
-            }
-            GgmlType::Q2K | GgmlType::Q3K | GgmlType::Q4K | GgmlType::Q5K | GgmlType::Q6K => 256,
+            GgmlType::Q4_0
+            | GgmlType::Q4_1
+            | GgmlType::Q5_0
+            | GgmlType::Q5_1
+            | GgmlType::Q8_0
+            | GgmlType::Iq4Nl => 32,
+            GgmlType::Q2K
+            | GgmlType::Q3K
+            | GgmlType::Q4K
+            | GgmlType::Q5K
+            | GgmlType::Q6K
+            | GgmlType::Iq4Xs => 256,
         }
     }
 
@@ -213,6 +229,8 @@ impl GgmlType {
             GgmlType::Q4K => 2 + 2 + 12 + 128,
             GgmlType::Q5K => 2 + 2 + 12 + 32 + 128,
             GgmlType::Q6K => 128 + 64 + 16 + 2,
+            GgmlType::Iq4Nl => 2 + 16,
+            GgmlType::Iq4Xs => 2 + 2 + 4 + 128,
         }
     }
 
@@ -237,7 +255,8 @@ impl GgmlType {
             GgmlType::Q4_1 | GgmlType::Q4K => (4, 32, 0),
             GgmlType::Q5_0 => (5, 32, 16),
             GgmlType::Q5_1 | GgmlType::Q5K => (5, 32, 0),
-            GgmlType::Q8_0 => (8, 32, 128),
+            // The table's values are 8-bit integers.
+            GgmlType::Q8_0 | GgmlType::Iq4Nl | GgmlType::Iq4Xs => (8, 32, 128),
             GgmlType::Q2K => (2, 16, 0),
             GgmlType::Q3K => (3, 16, 4),
             GgmlType::Q6K => (6, 16, 32),

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::GgmlType;
 use crate::testing::{GgufBuilder, TempFile, TinyLlama, tiny_llama_builder};
+use crate::{Checkpoint, Gguf};
 
 /// Keeps what it is given; refuses matrices of `refuse` columns.
 struct Keep {
@@ -69,7 +69,13 @@ fn every_tensor_arrives_where_it_belongs() {
     };
     let (gguf, weights) = load(&tiny_llama_builder(&spec), 0).unwrap();
     assert_eq!(weights.layers.len(), 2);
-    assert_eq!(weights.final_norm, [1.0; 64]);
+    let norm = bytes(&gguf, &["output_norm.weight"]);
+    let floats = norm
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b));
+    assert!(floats.eq(weights.final_norm));
     let (cols, rows, data, bias) = &weights.layers[1].qkv;
     let [q, k, v] = ["q", "k", "v"].map(|part| format!("blk.1.attn_{part}.weight"));
     assert_eq!((*cols, rows.as_slice()), (64, [64, 32, 32].as_slice()));
@@ -154,8 +160,8 @@ fn what_contradicts_the_configuration_is_named() {
     assert!(refusal(tiny.f32(key, -1.0)).contains("not a positive number"));
 
     let mut tiny = tiny_llama_builder(&TinyLlama::default());
-    tiny.str("llama.rope.scaling.type", "yarn");
-    assert!(refusal(&tiny).contains("`yarn` is not supported"));
+    tiny.str("llama.rope.scaling.type", "dynamic");
+    assert!(refusal(&tiny).contains("`dynamic` is not supported"));
     let mut tiny = tiny_llama_builder(&TinyLlama::default());
     let tokens: Vec<String> = (0..260).map(|i| i.to_string()).collect();
     let key = "tokenizer.ggml.tokens";
@@ -177,29 +183,63 @@ fn a_backend_that_fails_ends_it() {
 }
 
 #[test]
-fn rope_factors_are_optional_and_checked() {
-    let factors = |spec: &TinyLlama, change: &dyn Fn(&mut GgufBuilder)| {
-        let mut builder = tiny_llama_builder(spec);
-        change(&mut builder);
-        let file = TempFile::new(&builder.build());
-        let gguf = Gguf::open(file.path()).unwrap();
-        rope_factors(&gguf, &ModelConfig::from_gguf(&gguf).unwrap())
-    };
-    let with = TinyLlama {
-        rope_factors: true,
+fn fused_tensors_are_cut_where_their_parts_end() {
+    let spec = TinyLlama {
+        architecture: "phi3",
         ..TinyLlama::default()
     };
-    assert_eq!(factors(&TinyLlama::default(), &|_| ()).unwrap(), None);
-    assert_eq!(factors(&with, &|_| ()).unwrap(), Some(vec![1.5; 8]));
-    for bad in [vec![1.0; 7], vec![0.0; 8], vec![f32::NAN; 8]] {
-        let replace = |b: &mut GgufBuilder| {
-            let dims = [bad.len() as u64];
-            b.without(ROPE_FACTORS)
-                .floats(ROPE_FACTORS, &dims, GgmlType::F32, &bad);
+    let (gguf, weights) = load(&tiny_llama_builder(&spec), 0).unwrap();
+    let (cols, rows, data, bias) = &weights.layers[1].qkv;
+    assert_eq!(
+        (*cols, rows.as_slice(), bias),
+        (64, [64, 32, 32].as_slice(), &None)
+    );
+    assert_eq!(*data, bytes(&gguf, &["blk.1.attn_qkv.weight"]));
+    let (_, rows, data, _) = &weights.layers[0].gate_up;
+    assert_eq!(rows.as_slice(), [96, 96]);
+    assert_eq!(*data, bytes(&gguf, &["blk.0.ffn_up.weight"]));
+
+    let name = "blk.0.attn_qkv.weight";
+    let mut short = tiny_llama_builder(&spec);
+    let short = refusal(
+        short
+            .without(name)
+            .tensor(name, &[64, 96], 0, vec![0; 64 * 96 * 4]),
+    );
+    assert!(
+        short.contains(name) && short.contains("[64, 128]"),
+        "{short}"
+    );
+}
+
+#[test]
+fn norms_are_loaded_where_the_architecture_has_them() {
+    let of = |architecture| {
+        let spec = TinyLlama {
+            architecture,
+            ..TinyLlama::default()
         };
-        let error = factors(&with, &replace).unwrap_err().to_string();
-        assert!(error.contains(ROPE_FACTORS), "{error}");
-    }
+        let (_, mut weights) = load(&tiny_llama_builder(&spec), 0).unwrap();
+        let layer = weights.layers.remove(0);
+        (
+            layer.qk_norms.is_some(),
+            layer.attn_post_norm.is_some(),
+            layer.ffn_post_norm.is_some(),
+        )
+    };
+    assert_eq!(of("qwen2"), (false, false, false));
+    assert_eq!(of("qwen3"), (true, false, false));
+    assert_eq!(of("gemma3"), (true, true, true));
+
+    let mut without = tiny_llama_builder(&TinyLlama {
+        architecture: "gemma3",
+        ..TinyLlama::default()
+    });
+    let error = refusal(without.without("blk.1.post_ffw_norm.weight"));
+    assert!(
+        error.contains("`blk.1.post_ffw_norm.weight` is missing"),
+        "{error}"
+    );
 }
 
 proptest! {

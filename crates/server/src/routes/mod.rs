@@ -155,3 +155,30 @@ fn token_ids(request: &ValidatedRequest, tokens: &[SampledToken]) -> Option<Vec<
     let ids = || tokens.iter().map(|token| token.token).collect();
     request.output.token_ids.then(ids)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    #[tokio::test]
+    async fn a_panic_is_a_500_with_an_error_object() {
+        async fn panics() {
+            panic!("secret detail");
+        }
+        let router: Router = Router::new()
+            .route("/", get(panics))
+            .layer(CatchPanicLayer::custom(internal_error));
+        let response = router
+            .oneshot(Request::new(axum::body::Body::empty()))
+            .await
+            .unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["error"]["type"], "server_error");
+        assert!(!body.to_string().contains("secret"));
+    }
+}

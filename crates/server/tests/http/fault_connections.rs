@@ -311,7 +311,7 @@ async fn h13_no_cors_headers() {
 async fn h14_a_flood_of_connections_waits_its_turn() {
     let options = Options::default().server(|c| {
         c.max_connections = 8;
-        c.header_timeout = millis(400);
+        c.header_timeout = millis(3000);
     });
     let (server, canary) = with_canary(options).await;
     let mut flood = Vec::new();
@@ -328,7 +328,6 @@ async fn h14_a_flood_of_connections_waits_its_turn() {
     let early = timeout(millis(100), waiting.read(&mut part)).await;
     assert!(early.is_err(), "more connections are served than may be");
     drop(flood.pop());
-    assert!(timeout(millis(200), waiting.readable()).await.is_ok());
-    // The idle ones go when their time is up.
+    assert!(timeout(millis(2000), waiting.readable()).await.is_ok());
     still_sings(&server, &canary).await;
 }

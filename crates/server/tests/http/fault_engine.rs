@@ -50,7 +50,7 @@ async fn e1_more_kv_than_the_pool_has() {
 
 #[tokio::test]
 async fn e2_everyone_finishes_when_everyone_is_preempted() {
-    let mut options = Options::default();
+    let mut options = Options::default().step_time(millis(3));
     options.sim.capacity.blocks = 12;
     let server = start(options).await;
     let body = |i: u32| json!({"prompt": format!("{i} prompt"), "max_tokens": 100, "seed": i, "ignore_eos": true, "return_token_ids": true});
@@ -99,7 +99,7 @@ async fn e3_a_full_queue() {
     assert_eq!(server.post(COMPLETIONS, &long(2)).await.status, 200);
     // What could never fit is the client's fault, not a matter of time.
     let reply = server
-        .post(COMPLETIONS, &json!({"prompt": "x", "n": 3}))
+        .post(COMPLETIONS, &json!({"prompt": "x", "n": 4}))
         .await;
     assert_eq!((reply.status, &reply.error()["param"]), (400, &json!("n")));
 }

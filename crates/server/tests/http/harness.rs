@@ -57,6 +57,7 @@ impl Default for Options {
             slots: 16,
             blocks: 128,
             block_size: 16,
+            local: None,
             max_batch_tokens: 256,
             max_seq_len: MAX_MODEL_LEN,
             vocab_size: VOCAB,

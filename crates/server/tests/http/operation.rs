@@ -60,6 +60,11 @@ async fn o3_a_drain_lets_running_requests_finish() {
         post_to(addr, COMPLETIONS, &serde_json::to_vec(&ask(100)).unwrap()).await
     });
     server.wait_metric("vllm:num_requests_running", 1.0).await;
+    let mut idle = server.connect().await;
+    idle.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        .await
+        .unwrap();
+    idle.readable().await.unwrap();
     let begun = Instant::now();
     server.begin_shutdown();
     let not_ready = loop {
@@ -80,7 +85,7 @@ async fn o3_a_drain_lets_running_requests_finish() {
     let reply = running.await.unwrap();
     assert_eq!(reply.status, 200);
     assert_eq!(reply.json()["usage"]["completion_tokens"], 100);
-    // An idle kept-alive connection does not hold the end up.
+    // The idle connection, which its client keeps open, does not hold the end up.
     timeout(millis(1000), &mut server.running)
         .await
         .unwrap()

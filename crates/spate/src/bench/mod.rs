@@ -1,21 +1,25 @@
 //! `spate bench`: load for any OpenAI server, closed loop (`--concurrency`) or open loop (`--rate`).
+//! `benches/README.md` says what the figures mean.
 
+mod drive;
+mod measure;
 mod report;
 mod workload;
 
-use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use indicatif::ProgressBar;
+use serde::Serialize;
 
-use crate::client::{Client, Refusal};
-use report::{Report, Sample};
-use workload::{Length, Random, Workload};
+use crate::client::Client;
+use drive::{Load, drive};
+use report::Report;
+use workload::{Length, SharedPrefix, Workload};
 
 /// Measure an OpenAI server
 #[derive(Debug, clap::Args)]
@@ -32,11 +36,14 @@ pub(crate) struct BenchArgs {
     /// Requests to send
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     requests: u64,
+    /// Requests before those, which don't count
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    warmup: u64,
     /// Closed loop: this many requests are always running
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    concurrency: u32,
+    #[arg(long, default_value = "8")]
+    concurrency: NonZeroU32,
     /// Open loop: requests a second, arriving at random (Poisson), however many are running
-    #[arg(long, conflicts_with = "concurrency")]
+    #[arg(long, conflicts_with = "concurrency", value_parser = rate)]
     rate: Option<f64>,
     /// Prompt tokens: 512, or 256..768 for a uniform spread
     #[arg(long, default_value = "512")]
@@ -44,223 +51,168 @@ pub(crate) struct BenchArgs {
     /// Output tokens, likewise
     #[arg(long, default_value = "128")]
     output_len: Length,
-    /// Share of the mean prompt that all prompts have in common, 0 to 1
-    #[arg(long, default_value_t = 0.0)]
-    shared_prefix: f64,
-    /// Requests before the measured ones
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000))]
-    warmup: u64,
-    /// Seed of prompts and arrivals: the same seed sends the same requests
+    /// How much of the beginning prompts share: tokens (2048), or a part of each prompt (50%)
+    #[arg(long, value_name = "TOKENS|PERCENT", default_value = "0")]
+    shared_prefix: SharedPrefix,
+    /// Share of the requests that begin with the shared prefix, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0, value_parser = share)]
+    shared_share: f64,
+    /// Seed of prompts, lengths and arrivals: the same seed sends the same requests
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Vocabulary size: prompt token ids stay below it
+    #[arg(long, default_value_t = 30_000, value_parser = clap::value_parser!(u32).range(16..=1 << 24))]
+    vocab: u32,
     /// Send words where a server takes no token ids; prompt lengths are then approximate
     #[arg(long)]
     text_prompts: bool,
-    /// Also write the result as JSON
+    /// Also write settings and results as JSON; - is standard output, the table then goes to standard error
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Warm-up requests have numbers from here on, so that they share no prompt with measured ones.
-const WARMUP_INDEX: u64 = 1 << 40;
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate| (1e-3..=1e6).contains(rate));
+    rate.ok_or_else(|| "requests a second, from 0.001 to 1000000".into())
+}
 
-/// Runs the load and prints the table.
+fn share(text: &str) -> Result<f64, String> {
+    let share = text
+        .parse()
+        .ok()
+        .filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "a share is a number from 0 to 1".into())
+}
+
+/// What is written as JSON.
+#[derive(Serialize)]
+struct Document<'a> {
+    url: &'a str,
+    #[serde(flatten)]
+    load: Load,
+    requests: u64,
+    warmup: u64,
+    #[serde(flatten)]
+    workload: &'a Workload,
+    result: &'a Report,
+}
+
+/// Runs the load and prints the table. Ctrl-C ends it early and prints what there is.
+///
+/// # Errors
+/// A setting that can't be, a server that does not say what it serves, or no request completed.
 pub(crate) async fn run(args: BenchArgs) -> Result<()> {
-    if !(0.0..=1.0).contains(&args.shared_prefix) {
-        bail!(
-            "--shared-prefix is a share from 0 to 1, not {}",
-            args.shared_prefix
-        );
-    }
-    if args.rate.is_some_and(|rate| !(1e-3..=1e6).contains(&rate)) {
-        bail!("--rate is a number of requests a second from 0.001 to 1000000");
-    }
+    args.shared_prefix.check(args.prompt_len)?;
     let client = Arc::new(Client::new(&args.url, args.api_key.as_deref())?);
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => client.first_model().await?,
+        None => client
+            .first_model()
+            .await
+            .context("can't ask which model is served (or use --model)")?,
     };
     let workload = Arc::new(Workload {
         model,
         prompt_len: args.prompt_len,
         output_len: args.output_len,
         shared_prefix: args.shared_prefix,
+        shared_share: args.shared_share,
+        vocab: args.vocab,
         text_prompts: args.text_prompts,
         seed: args.seed,
     });
+    let closed = Load::Closed {
+        concurrency: args.concurrency,
+    };
+    let load = args.rate.map_or(closed, |rate| Load::Open { rate });
 
-    closed_loop(
+    if args.warmup > 0 {
+        // Numbered from here on, they have no prompt in common with the measured ones; what is
+        // shared is shared: a prefix cache is warm afterwards.
+        const FIRST: u64 = 1 << 40;
+        let (outcomes, interrupted) = drive(
+            &client,
+            &workload,
+            closed,
+            FIRST..FIRST + args.warmup,
+            ctrl_c(),
+            |_| {},
+        )
+        .await;
+        if interrupted {
+            bail!("interrupted in the warm-up: nothing was measured");
+        }
+        if let Some(Err(e)) = outcomes.into_iter().find(Result::is_err) {
+            bail!("a warm-up request failed: {e}");
+        }
+    }
+
+    eprintln!(
+        "{} requests to {}, {load}; {workload}",
+        args.requests, args.url
+    );
+    let progress = ProgressBar::new(args.requests);
+    let start = Instant::now();
+    let (outcomes, _) = drive(
         &client,
         &workload,
-        WARMUP_INDEX..WARMUP_INDEX + args.warmup,
-        args.concurrency,
+        load,
+        0..args.requests,
+        ctrl_c(),
+        |done| {
+            progress.set_position(done);
+        },
     )
     .await;
-    let load = match args.rate {
-        Some(rate) => format!("{rate} requests/s"),
-        None => format!("{} at once", args.concurrency),
-    };
-    eprintln!(
-        "{} × {}: prompts {} ({:.0} % shared), outputs {}, {load}",
-        args.requests,
-        workload.model,
-        args.prompt_len,
-        args.shared_prefix * 100.0,
-        args.output_len
-    );
-    let start = Instant::now();
-    let outcomes = match args.rate {
-        Some(rate) => open_loop(&client, &workload, args.requests, rate, args.seed).await,
-        None => closed_loop(&client, &workload, 0..args.requests, args.concurrency).await,
-    };
-    let report = summarise(outcomes, start.elapsed());
-    print!("{}", report.table());
-    if let Some(path) = &args.json {
-        write_json(path, &args, &workload, &report)?;
-    }
+    let duration = start.elapsed();
+    progress.finish_and_clear();
+
+    let report = Report::new(args.requests, outcomes, duration);
+    show(&args, load, &workload, &report)?;
     if report.completed == 0 {
         bail!("no request completed");
     }
     Ok(())
 }
 
-fn write_json(
-    path: &PathBuf,
-    args: &BenchArgs,
-    workload: &Workload,
-    report: &Report,
-) -> Result<()> {
-    let document = json!({
-        "url": args.url,
-        "model": workload.model,
-        "requests": args.requests,
-        "concurrency": args.rate.is_none().then_some(args.concurrency),
-        "rate": args.rate,
-        "prompt_len": args.prompt_len.to_string(),
-        "output_len": args.output_len.to_string(),
-        "shared_prefix": args.shared_prefix,
-        "seed": args.seed,
-        "result": report,
-    });
-    let text = serde_json::to_string_pretty(&document)?;
-    std::fs::write(path, text + "\n").with_context(|| format!("can't write {}", path.display()))
-}
-
-type Outcome = Result<Sample>;
-
-async fn closed_loop(
-    client: &Arc<Client>,
-    workload: &Arc<Workload>,
-    indices: std::ops::Range<u64>,
-    concurrency: u32,
-) -> Vec<Outcome> {
-    let next = Arc::new(AtomicU64::new(indices.start));
-    let mut workers = JoinSet::new();
-    for _ in 0..u64::from(concurrency).min(indices.end - indices.start) {
-        let (client, workload, next) = (client.clone(), workload.clone(), next.clone());
-        workers.spawn(async move {
-            let mut outcomes = Vec::new();
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= indices.end {
-                    return outcomes;
-                }
-                outcomes.push(measure(&client, &workload, index).await);
-            }
-        });
+fn show(args: &BenchArgs, load: Load, workload: &Workload, report: &Report) -> Result<()> {
+    let to_stdout = args
+        .json
+        .as_ref()
+        .is_some_and(|path| path.as_os_str() == "-");
+    match to_stdout {
+        true => write!(std::io::stderr(), "{report}")?,
+        false => write!(std::io::stdout(), "{report}")?,
     }
-    workers.join_all().await.into_iter().flatten().collect()
-}
-
-async fn open_loop(
-    client: &Arc<Client>,
-    workload: &Arc<Workload>,
-    requests: u64,
-    rate: f64,
-    seed: u64,
-) -> Vec<Outcome> {
-    let mut random = Random::new(!seed);
-    let mut due = tokio::time::Instant::now();
-    let mut running = JoinSet::new();
-    for index in 0..requests {
-        // Against the schedule, not the last request: a late start does not shift the rest.
-        tokio::time::sleep_until(due).await;
-        let (client, workload) = (client.clone(), workload.clone());
-        running.spawn(async move { measure(&client, &workload, index).await });
-        due += random.gap(rate);
-    }
-    running.join_all().await
-}
-
-/// Sends one request and follows its stream.
-async fn measure(client: &Client, workload: &Workload, index: u64) -> Outcome {
-    let body = workload.body(index);
-    let start = Instant::now();
-    let mut stream = client.stream("/v1/completions", body).await?;
-    let mut sample = Sample::default();
-    let mut last = None;
-    let mut chunks = 0;
-    while let Some(event) = stream.next().await? {
-        let now = start.elapsed();
-        if brings_tokens(&event, &sample) {
-            match last {
-                None => sample.ttft = now,
-                Some(last) => sample.gaps.push(now - last),
-            }
-            last = Some(now);
-            sample.total = now;
-            chunks += 1;
-        }
-        read_usage(&event["usage"], &mut sample);
-    }
-    if chunks == 0 {
-        bail!("the stream brought no token");
-    }
-    if sample.output_tokens == 0 {
-        // A server without usage: one token a chunk is the usual case.
-        sample.output_tokens = chunks;
-    }
-    Ok(sample)
-}
-
-/// Whether this chunk has output: its running usage grew, or else it has text.
-fn brings_tokens(event: &Value, so_far: &Sample) -> bool {
-    if event["choices"].as_array().is_none_or(Vec::is_empty) {
-        return false;
-    }
-    match event["usage"]["completion_tokens"].as_u64() {
-        Some(tokens) => tokens > so_far.output_tokens,
-        None => event["choices"][0]["text"]
-            .as_str()
-            .is_some_and(|text| !text.is_empty()),
-    }
-}
-
-fn read_usage(usage: &Value, sample: &mut Sample) {
-    let read = |value: &Value, field: &mut u64| *field = value.as_u64().unwrap_or(*field);
-    read(&usage["prompt_tokens"], &mut sample.prompt_tokens);
-    read(&usage["completion_tokens"], &mut sample.output_tokens);
-    read(
-        &usage["prompt_tokens_details"]["cached_tokens"],
-        &mut sample.cached_tokens,
-    );
-}
-
-fn summarise(outcomes: Vec<Outcome>, duration: Duration) -> Report {
-    let mut samples = Vec::new();
-    let mut errors = BTreeMap::new();
-    for outcome in outcomes {
-        match outcome {
-            Ok(sample) => samples.push(sample),
-            Err(e) => {
-                // Messages of refusals may name numbers of the one request; the status does not.
-                let kind = match e.downcast_ref::<Refusal>() {
-                    Some(refusal) => format!("HTTP {}", refusal.status.as_u16()),
-                    None => e.to_string(),
-                };
-                *errors.entry(kind).or_insert(0) += 1;
-            }
+    let Some(path) = &args.json else {
+        return Ok(());
+    };
+    let document = Document {
+        url: &args.url,
+        load,
+        requests: args.requests,
+        warmup: args.warmup,
+        workload,
+        result: report,
+    };
+    let text = serde_json::to_string_pretty(&document)? + "\n";
+    match to_stdout {
+        true => std::io::stdout().write_all(text.as_bytes())?,
+        false => {
+            std::fs::write(path, text).with_context(|| format!("can't write {}", path.display()))?
         }
     }
-    Report::new(&samples, errors, duration)
+    Ok(())
+}
+
+/// Resolves at Ctrl-C.
+async fn ctrl_c() {
+    if let Err(e) = tokio::signal::ctrl_c().await {
+        eprintln!("Ctrl-C can't be caught ({e}); it will end the program at once");
+        std::future::pending::<()>().await;
+    }
+    if std::io::stderr().is_terminal() {
+        // After the terminal's own ^C.
+        eprintln!();
+    }
 }

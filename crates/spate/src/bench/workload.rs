@@ -1,23 +1,18 @@
-//! What is sent: prompts of random tokens with a common beginning, and when.
+//! What is sent: prompts of random tokens with a common beginning.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use anyhow::{Result, bail};
 use bytes::Bytes;
-use serde_json::{Value, json};
+use serde::{Serialize, Serializer};
 
 /// A length: fixed (`512`) or uniform between two bounds (`256..768`, both included).
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Length {
+pub(super) struct Length {
     min: u32,
     max: u32,
-}
-
-impl Length {
-    /// The average.
-    pub(crate) fn mean(self) -> f64 {
-        f64::from(self.min) / 2.0 + f64::from(self.max) / 2.0
-    }
 }
 
 impl FromStr for Length {
@@ -27,13 +22,13 @@ impl FromStr for Length {
         let (min, max) = text.split_once("..").unwrap_or((text, text));
         match (min.parse(), max.parse()) {
             (Ok(min), Ok(max)) if 1 <= min && min <= max && max <= 1 << 24 => Ok(Self { min, max }),
-            _ => Err(format!("'{text}' is not a length such as 512 or 256..768")),
+            _ => Err("a length is a number such as 512, or a spread such as 256..768".into()),
         }
     }
 }
 
-impl std::fmt::Display for Length {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Length {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.min == self.max {
             true => write!(f, "{}", self.min),
             false => write!(f, "{}..{}", self.min, self.max),
@@ -41,12 +36,79 @@ impl std::fmt::Display for Length {
     }
 }
 
+impl Serialize for Length {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// How much of their beginning prompts have in common.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum SharedPrefix {
+    Tokens(u32),
+    /// Of each prompt's own length, 0 to 100.
+    Percent(f64),
+}
+
+impl SharedPrefix {
+    /// # Errors
+    /// The prefix is longer than a prompt may be.
+    pub(super) fn check(self, prompts: Length) -> Result<()> {
+        match self {
+            Self::Tokens(tokens) if tokens > prompts.min => bail!(
+                "--shared-prefix {tokens} does not fit into prompts of {prompts} tokens: \
+                 --prompt-len counts the prefix, too"
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    fn of(self, prompt_len: u32) -> u32 {
+        match self {
+            Self::Tokens(tokens) => tokens,
+            Self::Percent(percent) => (f64::from(prompt_len) * percent / 100.0) as u32,
+        }
+    }
+}
+
+impl FromStr for SharedPrefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = match text.strip_suffix('%') {
+            None => text.parse().ok().map(Self::Tokens),
+            Some(percent) => {
+                let percent = percent.parse().ok();
+                percent
+                    .filter(|p| (0.0..=100.0).contains(p))
+                    .map(Self::Percent)
+            }
+        };
+        parsed.ok_or_else(|| "a number of tokens such as 2048, or a percentage such as 50%".into())
+    }
+}
+
+impl fmt::Display for SharedPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tokens(tokens) => write!(f, "{tokens}"),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
+impl Serialize for SharedPrefix {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// SplitMix64 (Steele, Lea and Flood 2014): small, seeded, the same everywhere.
 #[derive(Debug, Clone)]
-pub(crate) struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
@@ -69,14 +131,10 @@ impl Random {
     }
 
     /// The gap to the next arrival of a Poisson process.
-    pub(crate) fn gap(&mut self, rate: f64) -> Duration {
+    pub(super) fn gap(&mut self, rate: f64) -> Duration {
         Duration::from_secs_f64(-self.unit().ln() / rate)
     }
 }
-
-/// Ids of prompt tokens. Below lie the special tokens of some models, above those of others; every
-/// vocabulary of the last years reaches further.
-const TOKEN_IDS: std::ops::RangeInclusive<u32> = 1_000..=29_999;
 
 /// Words that are one token each in common vocabularies, for servers that take no ids.
 const WORDS: [&str; 32] = [
@@ -86,52 +144,131 @@ const WORDS: [&str; 32] = [
     "home",
 ];
 
-/// What every request has in common.
-#[derive(Debug, Clone)]
-pub(crate) struct Workload {
-    pub(crate) model: String,
-    pub(crate) prompt_len: Length,
-    pub(crate) output_len: Length,
-    /// Share of the mean prompt that is one common beginning, in 0 ..= 1.
-    pub(crate) shared_prefix: f64,
-    /// Send words, not token ids: the prompt lengths are then approximate.
-    pub(crate) text_prompts: bool,
-    pub(crate) seed: u64,
+/// What the requests of a run are made of.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Workload {
+    pub(super) model: String,
+    pub(super) prompt_len: Length,
+    pub(super) output_len: Length,
+    pub(super) shared_prefix: SharedPrefix,
+    /// Share of the requests that begin with the prefix, in 0 ..= 1.
+    pub(super) shared_share: f64,
+    /// Token ids are below this.
+    pub(super) vocab: u32,
+    /// Send words, not token ids.
+    pub(super) text_prompts: bool,
+    pub(super) seed: u64,
+}
+
+/// A request, ready to be sent.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Planned {
+    pub(super) body: Bytes,
+    pub(super) output_len: u32,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Prompt {
+    Tokens(Vec<u32>),
+    Text(String),
+}
+
+#[derive(Serialize)]
+struct CompletionRequest<'a> {
+    model: &'a str,
+    prompt: Prompt,
+    max_tokens: u32,
+    min_tokens: u32,
+    ignore_eos: bool,
+    temperature: f32,
+    stream: bool,
+    stream_options: StreamOptions,
+}
+
+#[derive(Serialize)]
+struct StreamOptions {
+    include_usage: bool,
 }
 
 impl Workload {
-    /// The body of request number `index`: a function of the seed and the index alone.
-    pub(crate) fn body(&self, index: u64) -> Bytes {
+    /// Request `number`: a function of the settings and the number alone, so that a run sends the
+    /// same requests whatever order the answers come in.
+    pub(super) fn request(&self, number: u64) -> Planned {
         // Streams of different requests must not overlap: each starts from a hashed seed.
-        let mut random =
-            Random::new(Random::new(self.seed ^ index.wrapping_mul(0x2545_f491_4f6c_dd1d)).next());
-        let prompt_len = random.within(self.prompt_len.min, self.prompt_len.max);
-        let output_len = random.within(self.output_len.min, self.output_len.max);
-        let shared = (self.shared_prefix * self.prompt_len.mean()) as u32;
-
+        let seed = self.seed ^ number.wrapping_mul(0x2545_f491_4f6c_dd1d);
+        let mut own = Random::new(Random::new(seed).next());
         let mut common = Random::new(self.seed ^ 0x5eed);
+
+        let prompt_len = own.within(self.prompt_len.min, self.prompt_len.max);
+        let output_len = own.within(self.output_len.min, self.output_len.max);
+        let shares = self.shared_share > 0.0 && own.unit() <= self.shared_share;
+        let shared = if shares {
+            self.shared_prefix.of(prompt_len)
+        } else {
+            0
+        };
+
+        // The lowest ids are special tokens in most vocabularies.
+        let (lowest, highest) = ((self.vocab / 10).min(1_000), self.vocab - 1);
         let ids = (0..prompt_len).map(|i| {
-            let source = if i < shared { &mut common } else { &mut random };
-            source.within(*TOKEN_IDS.start(), *TOKEN_IDS.end())
+            let source = if i < shared { &mut common } else { &mut own };
+            source.within(lowest, highest)
         });
-        let prompt: Value = match self.text_prompts {
-            false => ids.collect::<Vec<u32>>().into(),
+        let prompt = match self.text_prompts {
+            false => Prompt::Tokens(ids.collect()),
             true => {
                 let words: Vec<&str> = ids.map(|id| WORDS[id as usize % WORDS.len()]).collect();
-                words.join(" ").into()
+                Prompt::Text(words.join(" "))
             }
         };
-        let body = json!({
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": output_len,
-            "min_tokens": output_len,
-            "ignore_eos": true,
-            "temperature": 0,
-            "stream": true,
-            "stream_options": {"include_usage": true, "continuous_usage_stats": true},
-        });
-        Bytes::from(body.to_string())
+        let request = CompletionRequest {
+            model: &self.model,
+            prompt,
+            max_tokens: output_len,
+            min_tokens: output_len,
+            ignore_eos: true,
+            temperature: 0.0,
+            stream: true,
+            stream_options: StreamOptions {
+                include_usage: true,
+            },
+        };
+        let body = serde_json::to_vec(&request).expect("strings and numbers always serialise");
+        Planned {
+            body: body.into(),
+            output_len,
+        }
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} tokens in", self.model, self.prompt_len)?;
+        if !matches!(self.shared_prefix, SharedPrefix::Tokens(0)) && self.shared_share > 0.0 {
+            let (prefix, percent) = (self.shared_prefix, self.shared_share * 100.0);
+            write!(
+                f,
+                " ({prefix} of them shared by {percent} % of the requests)"
+            )?;
+        }
+        write!(f, ", {} out, seed {}", self.output_len, self.seed)
+    }
+}
+
+#[cfg(test)]
+impl Workload {
+    pub(super) fn for_tests() -> Self {
+        Self {
+            model: "m".into(),
+            prompt_len: Length { min: 80, max: 120 },
+            output_len: Length { min: 16, max: 16 },
+            shared_prefix: SharedPrefix::Tokens(50),
+            shared_share: 1.0,
+            vocab: 30_000,
+            text_prompts: false,
+            seed: 7,
+        }
     }
 }
 
@@ -139,26 +276,16 @@ impl Workload {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use serde_json::Value;
 
-    fn prompt(workload: &Workload, index: u64) -> Vec<u64> {
-        let body: Value = serde_json::from_slice(&workload.body(index)).unwrap();
-        body["prompt"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|id| id.as_u64().unwrap())
-            .collect()
+    fn prompt(workload: &Workload, number: u64) -> Vec<u64> {
+        let body: Value = serde_json::from_slice(&workload.request(number).body).unwrap();
+        let ids = body["prompt"].as_array().unwrap().iter();
+        ids.map(|id| id.as_u64().unwrap()).collect()
     }
 
-    fn workload() -> Workload {
-        Workload {
-            model: "m".into(),
-            prompt_len: "80..120".parse().unwrap(),
-            output_len: "16".parse().unwrap(),
-            shared_prefix: 0.5,
-            text_prompts: false,
-            seed: 7,
-        }
+    fn common_len(a: &[u64], b: &[u64]) -> usize {
+        a.iter().zip(b).take_while(|(x, y)| x == y).count()
     }
 
     #[test]
@@ -166,33 +293,89 @@ mod tests {
         for text in ["0", "", "5..4", "-1", "a", "1..", "99999999"] {
             assert!(text.parse::<Length>().is_err(), "{text}");
         }
-        assert_eq!("256..768".parse::<Length>().unwrap().mean(), 512.0);
+        for text in ["512", "256..768"] {
+            assert_eq!(text.parse::<Length>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn prefixes() {
+        for text in ["", "-1", "101%", "NaN%", "%", "0.5"] {
+            assert!(text.parse::<SharedPrefix>().is_err(), "{text}");
+        }
+        for (text, tokens) in [("20", 20), ("25%", 25), ("100%", 100), ("0", 0)] {
+            assert_eq!(text.parse::<SharedPrefix>().unwrap().of(100), tokens);
+        }
+        let prompts = Length { min: 80, max: 120 };
+        assert!(SharedPrefix::Tokens(80).check(prompts).is_ok());
+        assert!(SharedPrefix::Tokens(81).check(prompts).is_err());
     }
 
     #[test]
     fn prompts_share_their_beginning_and_nothing_else() {
-        let (a, b) = (prompt(&workload(), 0), prompt(&workload(), 1));
-        let common = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
-        assert_eq!(common, 50);
+        let workload = Workload::for_tests();
+        let (a, b) = (prompt(&workload, 0), prompt(&workload, 1));
+        assert_eq!(common_len(&a, &b), 50);
         assert!(a.iter().all(|id| (1_000..30_000).contains(id)));
         assert!((80..=120).contains(&a.len()));
     }
 
     #[test]
-    fn a_seed_repeats_and_another_does_not() {
-        assert_eq!(workload().body(3), workload().body(3));
-        let other = Workload {
-            seed: 8,
-            ..workload()
+    fn as_many_requests_share_as_were_asked_for() {
+        let workload = Workload {
+            shared_share: 0.8,
+            ..Workload::for_tests()
         };
-        assert_ne!(prompt(&workload(), 3), prompt(&other, 3));
+        let prefix = prompt(&Workload::for_tests(), 0)[..50].to_vec();
+        let sharing = (0..1000).filter(|&i| common_len(&prompt(&workload, i), &prefix) == 50);
+        let count = sharing.count();
+        assert!((750..=850).contains(&count), "{count}");
+        let none = Workload {
+            shared_share: 0.0,
+            ..workload
+        };
+        assert!((0..100).all(|i| common_len(&prompt(&none, i), &prefix) < 3));
     }
 
     #[test]
-    fn arrivals_have_the_rate_that_was_asked_for() {
+    fn ids_stay_within_a_small_vocabulary() {
+        let workload = Workload {
+            vocab: 16,
+            ..Workload::for_tests()
+        };
+        assert!(prompt(&workload, 0).iter().all(|id| (1..16).contains(id)));
+    }
+
+    #[test]
+    fn a_seed_repeats_and_another_does_not() {
+        let workload = Workload::for_tests();
+        assert_eq!(workload.request(3), workload.request(3));
+        let other = Workload {
+            seed: 8,
+            ..workload.clone()
+        };
+        assert_ne!(prompt(&workload, 3), prompt(&other, 3));
+    }
+
+    #[test]
+    fn text_prompts_have_one_word_a_token() {
+        let workload = Workload {
+            text_prompts: true,
+            ..Workload::for_tests()
+        };
+        let body: Value = serde_json::from_slice(&workload.request(0).body).unwrap();
+        let words = body["prompt"].as_str().unwrap().split(' ').count();
+        assert_eq!(words, prompt(&Workload::for_tests(), 0).len());
+    }
+
+    #[test]
+    fn arrivals_have_the_rate_and_spread_of_a_poisson_process() {
         let mut random = Random::new(1);
-        let total: Duration = (0..10_000).map(|_| random.gap(4.0)).sum();
-        let mean = total.as_secs_f64() / 10_000.0;
+        let gaps: Vec<f64> = (0..10_000).map(|_| random.gap(4.0).as_secs_f64()).collect();
+        let mean = gaps.iter().sum::<f64>() / 10_000.0;
+        let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / 10_000.0;
         assert!((mean - 0.25).abs() < 0.01, "{mean}");
+        // Exponential gaps: the standard deviation equals the mean.
+        assert!((variance.sqrt() - 0.25).abs() < 0.02, "{variance}");
     }
 }

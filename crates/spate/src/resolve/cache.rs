@@ -1,4 +1,5 @@
-//! The model cache: `<cache>/models/<name>/<file>.gguf`, one directory a reference.
+//! The model cache: `<cache>/models/<name>/<file>.gguf`, or a link to a Hugging Face directory, one
+//! directory a reference.
 //!
 //! A file appears under its final name only when it is whole, checked and on disk. One process
 //! fetches into a directory at a time; whatever a killed one left behind is swept by the next.
@@ -13,6 +14,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
 
 use super::Reference;
+use super::directory::{gguf_files, gguf_models, is_hf};
 use super::progress::Progress;
 
 /// Where fetched models live.
@@ -26,9 +28,9 @@ pub(crate) struct Cache {
 pub(crate) struct Entry {
     /// The directory's name; `spate models remove` takes it.
     pub(crate) name: String,
-    /// The model file.
+    /// The model file, or its directory.
     pub(crate) path: PathBuf,
-    /// Its length in bytes.
+    /// Its size.
     pub(crate) bytes: u64,
     /// When it was fetched.
     pub(crate) modified: SystemTime,
@@ -52,9 +54,9 @@ impl Cache {
         })
     }
 
-    /// The file that an earlier fetch of this reference left.
+    /// The model that an earlier fetch of this reference left.
     pub(crate) fn find(&self, reference: &Reference) -> Option<PathBuf> {
-        gguf_files(&self.directory(reference))
+        models_in(&self.directory(reference))
             .ok()?
             .into_iter()
             .next()
@@ -71,12 +73,11 @@ impl Cache {
         let mut entries = Vec::new();
         for directory in directories {
             let directory = directory?;
-            for path in gguf_files(&directory.path()).unwrap_or_default() {
-                let metadata = fs::metadata(&path)?;
+            for path in models_in(&directory.path()).unwrap_or_default() {
                 entries.push(Entry {
                     name: directory.file_name().to_string_lossy().into_owned(),
-                    bytes: metadata.len(),
-                    modified: metadata.modified()?,
+                    bytes: size(&path)?,
+                    modified: fs::metadata(&path)?.modified()?,
                     path,
                 });
             }
@@ -161,7 +162,7 @@ impl Slot {
         Ok(path)
     }
 
-    /// Enters a file that lives in another program's cache, checking its hash.
+    /// Enters a file or directory that lives in another program's cache, checking the file's hash.
     pub(crate) fn link(
         &self,
         target: &Path,
@@ -211,19 +212,29 @@ impl Drop for Slot {
     }
 }
 
-/// The directory's GGUF files, by name. A link that leads nowhere is none.
-pub(crate) fn gguf_files(directory: &Path) -> Result<Vec<PathBuf>> {
-    let entries =
-        fs::read_dir(directory).with_context(|| format!("can't read {}", directory.display()))?;
-    let mut files = Vec::new();
-    for entry in entries {
+/// What an earlier fetch left in a reference's directory.
+fn models_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut models = gguf_models(directory)?;
+    for entry in fs::read_dir(directory)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "gguf") && path.is_file() {
-            files.push(path);
+        if is_hf(&path) {
+            models.push(path);
         }
     }
-    files.sort();
-    Ok(files)
+    Ok(models)
+}
+
+/// Bytes of a model: of all files of a split one, or of a directory.
+fn size(model: &Path) -> Result<u64> {
+    let files: Vec<PathBuf> = if model.is_dir() {
+        let entries = fs::read_dir(model)?.map(|entry| Ok(entry?.path()));
+        entries.collect::<io::Result<_>>()?
+    } else {
+        let name = model.file_name().unwrap_or_default().to_string_lossy();
+        let names = gguf_files(&name).into_iter();
+        names.map(|name| model.with_file_name(name)).collect()
+    };
+    files.iter().map(|file| Ok(fs::metadata(file)?.len())).sum()
 }
 
 /// An alias's own name; for other references readable text and, as that may not be unique, a hash.

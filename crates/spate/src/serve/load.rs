@@ -3,21 +3,22 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_engine::{EngineConfig, SchedulerConfig};
 use spate_executor::{Capacity, Executor};
-use spate_model::{Gguf, ModelConfig};
-use spate_server::{App, SamplingDefaults, ServedModel};
-use spate_text::{ChatTemplate, Tokenizer};
+use spate_model::Checkpoint;
+use spate_server::{App, ServedModel};
 
+use super::text;
+use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
-use crate::settings::{self, Settings};
+use crate::settings::{self, KvCacheDtype, Settings};
 
 /// What the banner tells about the model.
 pub(crate) struct Summary {
@@ -44,9 +45,9 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
     let resolved = resolve(&reference, &Cache::from_env()?, &mut progress)?;
     progress.end();
 
-    app.set_loading("reading the model file", 0.0);
-    let gguf = Gguf::open(&resolved.path)?;
-    let config = ModelConfig::from_gguf(&gguf)?;
+    app.set_loading("reading the model's headers", 0.0);
+    let opened = OpenModel::open(&resolved.path, settings.load_format)?;
+    let config = opened.checkpoint().config()?;
     if let Some(len) = settings.max_model_len
         && len as usize > config.context_len
     {
@@ -56,19 +57,19 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         );
     }
     let (executor, text) = std::thread::scope(|scope| {
-        let text = scope.spawn(|| load_text(&gguf, settings));
-        let executor = load_executor(&gguf, settings, app);
+        let text = scope.spawn(|| text::load(&opened, settings.chat_template.as_deref()));
+        let executor = load_executor(opened.checkpoint(), settings, app);
         let text = text
             .join()
             .unwrap_or_else(|_| bail!("loading the tokenizer crashed"));
         (executor, text)
     });
-    let (executor, (tokenizer, template)) = (executor?, text?);
-    if tokenizer.vocab_size() > config.vocab_size {
+    let (executor, text) = (executor?, text?);
+    if text.tokenizer.vocab_size() > config.vocab_size {
         bail!(
             "{}: {} tokens, but logits for only {}",
             resolved.path.display(),
-            tokenizer.vocab_size(),
+            text.tokenizer.vocab_size(),
             config.vocab_size
         );
     }
@@ -94,7 +95,7 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
     let summary = Summary {
         model: id.clone(),
         architecture: config.architecture,
-        has_template: template.is_some(),
+        has_template: text.template.is_some(),
         backend,
         memory,
         capacity,
@@ -108,33 +109,29 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         id,
         aliases: names.collect(),
         created,
-        tokenizer,
-        template,
+        tokenizer: text.tokenizer,
+        template: text.template,
         engine,
         max_model_len,
-        defaults: SamplingDefaults::default(),
-        fingerprint: fingerprint(&resolved.path)?,
+        defaults: text.defaults,
+        fingerprint: fingerprint(&opened.files())?,
     };
     Ok((model, summary))
 }
 
-fn load_text(gguf: &Gguf, settings: &Settings) -> Result<(Arc<Tokenizer>, Option<ChatTemplate>)> {
-    let tokenizer = Tokenizer::from_vocab(super::vocab::vocab_spec(gguf.metadata())?)
-        .with_context(|| format!("the tokenizer of {}", gguf.path().display()))?;
-    let source = match &settings.chat_template {
-        Some(path) => Some(
-            std::fs::read_to_string(path)
-                .with_context(|| format!("can't read the chat template {}", path.display()))?,
-        ),
-        None => gguf.chat_template().map(str::to_owned),
-    };
-    let template = source.map(|source| ChatTemplate::compile(&source, &tokenizer));
-    let template = template.transpose().context("the chat template")?;
-    Ok((Arc::new(tokenizer), template))
+fn load_executor(
+    checkpoint: &dyn Checkpoint,
+    settings: &Settings,
+    app: &App,
+) -> Result<CpuExecutor> {
+    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
+    let config = cpu_config(settings);
+    Ok(CpuExecutor::load(checkpoint, &config, &mut progress)?)
 }
 
-fn load_executor(gguf: &Gguf, settings: &Settings, app: &App) -> Result<CpuExecutor> {
-    let config = CpuConfig {
+/// The settings of the CPU backend.
+pub(crate) fn cpu_config(settings: &Settings) -> CpuConfig {
+    CpuConfig {
         mode: match settings.cpu_mode {
             settings::CpuMode::Exact => CpuMode::Exact,
             settings::CpuMode::Fast => CpuMode::Fast,
@@ -142,12 +139,17 @@ fn load_executor(gguf: &Gguf, settings: &Settings, app: &App) -> Result<CpuExecu
         threads: settings.threads,
         block_size: settings.block_size,
         kv_cache_bytes: settings.kv_cache_memory,
+        kv_dtype: match settings.kv_cache_dtype {
+            KvCacheDtype::Auto => None,
+            KvCacheDtype::F32 => Some(KvDtype::F32),
+            KvCacheDtype::F16 => Some(KvDtype::F16),
+            KvCacheDtype::Bf16 => Some(KvDtype::Bf16),
+            KvCacheDtype::Int8 => Some(KvDtype::Int8),
+        },
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: settings.max_num_seqs,
         max_batch_tokens: settings.max_num_batched_tokens,
-    };
-    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
-    Ok(CpuExecutor::load(gguf, &config, &mut progress)?)
+    }
 }
 
 /// What was asked for, if the KV cache can hold it; otherwise what it can hold.
@@ -174,19 +176,21 @@ fn backend(settings: &Settings, executor: &CpuExecutor) -> String {
 
 /// Names the build and the weights: equal fingerprints mean equal answers to a seeded request.
 ///
-/// Of the file only its length and both ends are hashed: the header describes every tensor, and
+/// Of a file only its length and both ends are hashed: the header describes every tensor, and
 /// hashing tens of gigabytes would hold the start up.
-fn fingerprint(path: &Path) -> Result<String> {
+fn fingerprint(files: &[PathBuf]) -> Result<String> {
     const END: u64 = 1 << 20;
-    let file = File::open(path)?;
-    let length = file.metadata()?.len();
     let mut hasher = Sha256::new();
     hasher.update(env!("CARGO_PKG_VERSION"));
-    hasher.update(length.to_le_bytes());
-    let mut buffer = vec![0; END.min(length) as usize];
-    for offset in [0, length - buffer.len() as u64] {
-        file.read_exact_at(&mut buffer, offset)?;
-        hasher.update(&buffer);
+    for path in files {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        hasher.update(length.to_le_bytes());
+        let mut buffer = vec![0; END.min(length) as usize];
+        for offset in [0, length - buffer.len() as u64] {
+            file.read_exact_at(&mut buffer, offset)?;
+            hasher.update(&buffer);
+        }
     }
     let hash = hasher.finalize();
     let short: String = hash

@@ -4,6 +4,7 @@ mod banner;
 mod load;
 mod logging;
 mod signals;
+mod text;
 mod vocab;
 
 use std::net::SocketAddr;
@@ -20,7 +21,11 @@ use tokio::task::JoinHandle;
 use crate::settings::{Loaded, LogFormat, LogLevel, SettingFlags, Settings};
 use banner::Banner;
 use load::Summary;
+pub(crate) use load::cpu_config;
 use signals::Signals;
+
+/// How long clients have to read why the daemon failed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Serve a model over HTTP
 #[derive(Debug, clap::Args)]
@@ -161,13 +166,15 @@ impl Daemon {
         let failure = tokio::select! {
             () = signals.first() => None,
             reason = engine.dead() => Some(anyhow!("the engine failed: {reason}")),
-            ended = &mut self.server => Some(match ended {
+            ended = &mut self.server => bail!(match ended {
                 Ok(Err(e)) => anyhow!(e),
                 Ok(Ok(())) | Err(_) => anyhow!("the HTTP server ended by itself"),
             }),
         };
         if let Some(failure) = failure {
             tracing::error!("{failure:#}");
+            // The streams have their error by now; a moment to write it to the sockets.
+            let _cut_off = tokio::time::timeout(LAST_WORDS, self.drain()).await;
             return Err(failure);
         }
         tokio::select! {

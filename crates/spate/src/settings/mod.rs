@@ -22,6 +22,7 @@ use table::ENV_PREFIX;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Settings {
     pub(crate) model: String,
+    pub(crate) load_format: LoadFormat,
     pub(crate) served_model_name: Vec<String>,
     pub(crate) chat_template: Option<PathBuf>,
     pub(crate) host: String,
@@ -34,6 +35,7 @@ pub(crate) struct Settings {
     pub(crate) max_queue: u32,
     pub(crate) block_size: u32,
     pub(crate) kv_cache_memory: u64,
+    pub(crate) kv_cache_dtype: KvCacheDtype,
     pub(crate) enable_prefix_caching: bool,
     pub(crate) cpu_mode: CpuMode,
     pub(crate) threads: usize,
@@ -50,6 +52,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             model: crate::resolve::DEFAULT_MODEL.into(),
+            load_format: LoadFormat::Auto,
             served_model_name: Vec::new(),
             chat_template: None,
             host: "127.0.0.1".into(),
@@ -62,6 +65,7 @@ impl Default for Settings {
             max_queue: 1024,
             block_size: 16,
             kv_cache_memory: 1 << 30,
+            kv_cache_dtype: KvCacheDtype::Auto,
             enable_prefix_caching: true,
             cpu_mode: CpuMode::Fast,
             threads: 0,
@@ -98,6 +102,14 @@ macro_rules! choice {
     };
 }
 
+choice! {
+    /// How the numbers of the KV cache are stored.
+    KvCacheDtype { Auto = "auto", F32 = "f32", F16 = "f16", Bf16 = "bf16", Int8 = "int8" }
+}
+choice! {
+    /// Where weights come from.
+    LoadFormat { Auto = "auto", Dummy = "dummy" }
+}
 choice! {
     /// How the CPU backend computes.
     CpuMode { Exact = "exact", Fast = "fast" }

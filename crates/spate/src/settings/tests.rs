@@ -128,3 +128,17 @@ fn the_printed_configuration_is_a_configuration_file_without_secrets() {
     let again = load(Some(&text), &[], &[("api-key", "sk-secret")]).unwrap();
     assert_eq!(again.settings, loaded.settings);
 }
+
+#[test]
+fn the_example_file_states_every_setting_and_its_default() {
+    let text = include_str!("../../../../configs/spate.toml");
+    let loaded = load(Some(text), &[], &[]).unwrap();
+    assert_eq!(loaded.settings, Settings::default());
+    for setting in SETTINGS {
+        let (key, shown) = (setting.key(), (setting.show)(&Settings::default()));
+        let is_set = loaded.origins.contains_key(&key);
+        // What has no value by default is there as a comment.
+        assert_eq!(is_set, !shown.is_empty(), "{key}");
+        assert!(text.contains(&format!("{key} = ")), "{key}");
+    }
+}

@@ -1,0 +1,52 @@
+use spate_model::{Checkpoint, ModelConfig};
+
+use crate::executor::max_seq_len;
+use crate::kv::KvPlan;
+use crate::linear::{LinearWeight, Scratch};
+use crate::ops::LOGIT_TILE;
+use crate::{CpuConfig, CpuError, CpuMode};
+
+/// What [`CpuExecutor::load`](crate::CpuExecutor::load) will take of a model, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Estimate {
+    /// The matrices, as the mode keeps them.
+    pub weights: u64,
+    /// One block of the KV cache.
+    pub kv_block: u64,
+    /// Buffers for the largest step.
+    pub activations: u64,
+}
+
+impl Estimate {
+    /// Computes it from a checkpoint's headers.
+    ///
+    /// # Errors
+    /// When the model or the settings can't work with this backend.
+    pub fn new(checkpoint: &dyn Checkpoint, config: &CpuConfig) -> Result<Self, CpuError> {
+        let model = checkpoint.config()?;
+        let matrices = checkpoint.tensors().iter().filter(|t| t.dims.len() == 2);
+        let weights = matrices.map(|t| {
+            let shape = (t.dims[1] as usize, t.dims[0] as usize);
+            match config.mode {
+                CpuMode::Exact => LinearWeight::exact_bytes(shape),
+                CpuMode::Fast => LinearWeight::fast_bytes(t.ggml_type, shape),
+            }
+        });
+        Ok(Self {
+            weights: weights.sum(),
+            kv_block: KvPlan::new(&model, config, max_seq_len(&model, config)?)?.block_bytes(),
+            activations: activations(&model, config.max_batch_tokens.into()),
+        })
+    }
+}
+
+/// The buffers of the forward pass, and the quantised copy of the widest input.
+fn activations(c: &ModelConfig, tokens: u64) -> u64 {
+    let float = size_of::<f32>() as u64;
+    let [hidden, q, kv, ffn, vocab] =
+        [c.hidden, c.q_width(), c.kv_width(), c.ffn, c.vocab_size].map(|n| n as u64);
+    let step = 3 * hidden + (q + 2 * kv) + q + 3 * ffn;
+    let logits = LOGIT_TILE as u64 * (hidden + vocab);
+    let widest = hidden.max(q).max(ffn);
+    (tokens * step + logits) * float + Scratch::bytes_for(tokens * widest)
+}

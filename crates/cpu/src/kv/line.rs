@@ -1,0 +1,81 @@
+use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16, Lanes};
+
+/// How the numbers of the KV cache are stored. Attention computes in float32 whatever it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision: 11 significant bits, magnitudes up to 65504.
+    F16,
+    /// The upper half of a float32: 8 significant bits, its whole range.
+    Bf16,
+    /// 8-bit integers; a float32 scale for each position's key, and one for its value, in every head.
+    Int8,
+}
+
+impl KvDtype {
+    /// Bytes of one position's key (or value) in one head.
+    pub(crate) fn vector_bytes(self, head_dim: usize) -> usize {
+        match self {
+            KvDtype::F32 => head_dim * size_of::<f32>(),
+            KvDtype::F16 | KvDtype::Bf16 => head_dim * size_of::<u16>(),
+            KvDtype::Int8 => head_dim + size_of::<f32>(),
+        }
+    }
+}
+
+/// Sixteen numbers in the KV cache.
+///
+/// # Safety
+/// All bits zero must be a value, and values must have nothing to drop.
+pub(crate) unsafe trait KvLine: Column {
+    /// Whether the numbers are multiples of a scale that is kept beside them.
+    const SCALED: bool;
+}
+
+// SAFETY: plain numbers.
+unsafe impl KvLine for F32x16 {
+    const SCALED: bool = false;
+}
+
+// SAFETY: plain numbers.
+unsafe impl KvLine for F16x16 {
+    const SCALED: bool = false;
+}
+
+// SAFETY: plain numbers.
+unsafe impl KvLine for Bf16x16 {
+    const SCALED: bool = false;
+}
+
+// SAFETY: plain numbers.
+unsafe impl KvLine for I8x16 {
+    const SCALED: bool = true;
+}
+
+impl Column for I8x16 {
+    const ZERO: Self = I8x16([0; 16]);
+
+    fn set(&mut self, lane: usize, value: f32) {
+        self.0[lane] = value.round_ties_even() as i8;
+    }
+
+    fn get(&self, lane: usize) -> f32 {
+        f32::from(self.0[lane])
+    }
+
+    #[inline(always)]
+    fn load<V: Lanes>(&self, v: V) -> V::F {
+        v.load_i8(self)
+    }
+}
+
+/// What the largest magnitude of `x` is divided by to become 127; NaN if one is not finite, so that
+/// the fault shows in everything that reads the position.
+pub(super) fn int8_scale(x: &[f32]) -> f32 {
+    let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    match x.iter().all(|x| x.is_finite()) {
+        true => max / 127.0,
+        false => f32::NAN,
+    }
+}

@@ -1,0 +1,403 @@
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use spate_executor::{
+    Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
+};
+use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
+use spate_types::Slot;
+
+use super::lane::{DEPTH, Lane};
+use super::loader::{CudaLoader, weight_bytes};
+use super::ops::{CudaOps, Kernels, Rates, Shared};
+use super::packer::{self, Packer};
+use super::slots::{SlotSizes, Slots};
+use crate::CudaError;
+use crate::driver::{Arena, Device, Priority, Stream};
+use crate::kernels::{
+    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_VOCAB, Path, Rope, Want, Work,
+};
+
+/// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
+const LOGIT_TILE: usize = 256;
+
+/// Memory that is left to the driver: code of kernels, local memory, graphs.
+const DRIVER_RESERVE: u64 = 512 << 20;
+
+/// Threads that read weights: one alone does not saturate the page cache.
+const LOAD_THREADS: usize = 16;
+
+/// Settings of the CUDA backend.
+#[derive(Debug, Clone)]
+pub struct CudaConfig {
+    /// Which GPU.
+    pub device: u32,
+    /// Positions in a KV block; a multiple of 16.
+    pub block_size: u32,
+    /// Size of the KV pool; `None` takes what [`memory_utilization`](Self::memory_utilization) leaves.
+    pub kv_cache_bytes: Option<u64>,
+    /// Share of the GPU's memory to use, in (0, 1].
+    pub memory_utilization: f32,
+    /// Most positions in one sequence; 0 takes the model's context length.
+    pub max_seq_len: u32,
+    /// Sequences that can be alive at once.
+    pub slots: u32,
+    /// Most input tokens in one step.
+    pub max_batch_tokens: u32,
+}
+
+/// Runs a model on one GPU.
+///
+/// Steps are queued by the thread that submits them; nothing waits but [`Executor::wait`].
+pub struct CudaExecutor {
+    device: Device,
+    contract: Contract,
+    budget: Vec<(&'static str, u64)>,
+    next_ticket: u64,
+    lane: Lane,
+    slots: Slots,
+    max_works: usize,
+    /// Why no completion will come any more.
+    fatal: Option<String>,
+    /// Weights, cache and slots; dropped after the lane, which uses them.
+    _memory: [Arena; 2],
+}
+
+impl CudaExecutor {
+    /// Loads a model. Calls `progress` with the share that is done, from 0 to 1.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`] when there is no GPU to use; else when the model, the settings or
+    /// the GPU's memory don't allow it; the message says which.
+    pub fn load(
+        checkpoint: &dyn Checkpoint,
+        config: &CudaConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, CudaError> {
+        let device = Device::open(config.device)?;
+        let model = checkpoint.config()?;
+        check_model(&model, config)?;
+        let weights_arena = Arena::new(&device, "the weights", weight_bytes(checkpoint, &model))?;
+        let weight_bytes = weights_arena.size();
+        let loader = CudaLoader::new(weights_arena);
+        let threads = thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = threads.min(LOAD_THREADS);
+        let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
+        let weights = weights.map_err(|e| match e {
+            LoadError::Model(e) => CudaError::Model(e),
+            LoadError::Backend(e) => e,
+        })?;
+        let weights_arena = loader.finish()?;
+        let plan = Plan::new(&device, &model, config, weight_bytes)?;
+        let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
+        let cache = main.take(model.layers * plan.kv.layer_len())?;
+        let slots = Slots::new(&mut main, plan.slots)?;
+        let attention = Attention::load(&device, Path::best(&device), plan.attention, cache)?;
+        let stream = Stream::new(&device, Priority::High)?;
+        let shared = Arc::new(Shared {
+            kernels: Kernels::load(&device, attention)?,
+            kv: plan.kv,
+            cache,
+            slots: slots.memory,
+            rotations: plan.rotations(&model, &stream, &mut main)?,
+            config: model,
+            max_tokens: config.max_batch_tokens as usize,
+            max_rows: config.slots as usize,
+            logit_tile: plan.logit_tile,
+        });
+        let packed = packer::take(&mut main, plan.packed_bytes)?;
+        let lane_arena = Arena::new(&device, "activations", shared.lane_bytes(plan.max_works))?;
+        let budget = vec![
+            ("weights", weight_bytes),
+            ("KV cache", cache.bytes() as u64),
+            ("slots", main.size() - cache.bytes() as u64),
+            ("activations", lane_arena.size()),
+        ];
+        let ops = CudaOps::new(shared, stream, lane_arena, plan.max_works)?;
+        Ok(Self {
+            contract: Contract::new(plan.capacity(config)),
+            budget,
+            next_ticket: 0,
+            lane: Lane::new(&device, ops, weights, packed)?,
+            slots,
+            max_works: plan.max_works,
+            fatal: None,
+            device,
+            _memory: [main, weights_arena],
+        })
+    }
+
+    /// What the GPU's memory went to, in bytes.
+    pub fn memory_budget(&self) -> Vec<(&'static str, u64)> {
+        self.budget.clone()
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn fatal(&mut self, why: String) -> ExecutorError {
+        ExecutorError::Fatal(self.fatal.get_or_insert(why).clone())
+    }
+
+    fn alive(&self) -> Result<(), ExecutorError> {
+        match &self.fatal {
+            Some(why) => Err(ExecutorError::Fatal(why.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Executor for CudaExecutor {
+    fn capacity(&self) -> &Capacity {
+        self.contract.capacity()
+    }
+
+    fn submit(&mut self, lane: LaneId, batch: Batch) -> Result<Ticket, ExecutorError> {
+        self.alive()?;
+        for bind in batch.rows.iter().filter_map(|row| row.bind.as_ref()) {
+            Slots::check(bind).map_err(|e| ExecutorError::Rejected(e.to_string()))?;
+        }
+        self.contract.submit(lane, &batch)?;
+        let ticket = Ticket(self.next_ticket);
+        let queued = self.device.bind().and_then(|()| {
+            let slots = &mut self.slots;
+            self.lane.submit(ticket, &batch, slots, self.max_works)
+        });
+        if let Err(error) = queued {
+            return Err(self.fatal(error.to_string()));
+        }
+        self.next_ticket += 1;
+        Ok(ticket)
+    }
+
+    fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
+        /// A step of a small model takes a few times as long, and a tenth of this is lost to the timer.
+        const NAP: Duration = Duration::from_micros(20);
+        self.alive()?;
+        if let Err(error) = self.device.bind() {
+            return Err(self.fatal(error.to_string()));
+        }
+        loop {
+            match self.lane.poll() {
+                Ok(Some(completion)) => {
+                    self.contract.complete(LaneId::Main);
+                    return Ok(Some(completion));
+                }
+                Ok(None) if Instant::now() >= deadline => return Ok(None),
+                Ok(None) => thread::sleep(NAP),
+                Err(error) => return Err(self.fatal(error.to_string())),
+            }
+        }
+    }
+
+    fn release(&mut self, slot: Slot) {
+        if self.contract.release(slot).is_ok() {
+            self.slots.release(slot);
+        }
+    }
+}
+
+fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError> {
+    let refuse = |what: String| Err(CudaError::Config(what));
+    for (name, value) in [
+        ("slots", config.slots),
+        ("max_batch_tokens", config.max_batch_tokens),
+    ] {
+        if value == 0 {
+            return refuse(format!("{name} must be at least 1"));
+        }
+    }
+    if config.max_seq_len as usize > model.context_len {
+        return refuse(format!(
+            "a sequence length of {} is more than the model's context of {}",
+            config.max_seq_len, model.context_len
+        ));
+    }
+    let widths = [model.hidden, model.q_width(), model.kv_width(), model.ffn];
+    if widths.iter().any(|width| !width.is_multiple_of(8)) || model.hidden > AddRmsNorm::MAX_WIDTH {
+        return refuse(format!(
+            "the GPU's kernels need widths of a multiple of 8 up to {}, the model has {widths:?}",
+            AddRmsNorm::MAX_WIDTH
+        ));
+    }
+    if model.vocab_size > MAX_VOCAB {
+        return refuse(format!(
+            "the GPU's sampler takes {MAX_VOCAB} tokens, the vocabulary has {}",
+            model.vocab_size
+        ));
+    }
+    let ropes = [Some(&model.rope), model.local.as_ref().map(|l| &l.rope)];
+    for rope in ropes.into_iter().flatten() {
+        if !Rope::supports(model.head_dim, rope.dims) {
+            return refuse(format!(
+                "the GPU's kernels can't rotate {} elements of a head of {}",
+                rope.dims, model.head_dim
+            ));
+        }
+    }
+    if config.block_size == 0 || !config.block_size.is_multiple_of(16) {
+        return refuse(format!(
+            "block size {} is not a multiple of 16",
+            config.block_size
+        ));
+    }
+    Ok(())
+}
+
+/// Sizes, decided before memory is taken.
+struct Plan {
+    kv: KvShape,
+    layers: usize,
+    attention: AttentionModel,
+    slots: SlotSizes,
+    max_seq_len: u32,
+    logit_tile: usize,
+    max_works: usize,
+    packed_bytes: usize,
+    rate_bytes: u64,
+}
+
+impl Plan {
+    fn new(
+        device: &Device,
+        model: &ModelConfig,
+        config: &CudaConfig,
+        weight_bytes: u64,
+    ) -> Result<Self, CudaError> {
+        let max_seq_len = match config.max_seq_len {
+            0 => model.context_len as u32,
+            len => len,
+        };
+        let max_blocks = max_seq_len.div_ceil(config.block_size) as usize;
+        let slots = config.slots as usize;
+        let mut kv = KvShape {
+            blocks: 0,
+            kv_heads: model.kv_heads as u32,
+            block_size: config.block_size,
+            head_dim: model.head_dim as u32,
+        };
+        let attention = AttentionModel {
+            heads: model.heads as u32,
+            shape: kv,
+            scale: model.attention_scale,
+            softcap: None,
+        };
+        if !Attention::supports(&attention) {
+            return Err(CudaError::Config(format!(
+                "there is no attention kernel for {} query heads on {} key/value heads of {}",
+                model.heads, model.kv_heads, model.head_dim
+            )));
+        }
+        let sizes = SlotSizes {
+            slots,
+            vocab: model.vocab_size,
+            max_blocks,
+            max_seq_len: max_seq_len as usize,
+        };
+        // A split has at least 256 positions.
+        let splits = max_seq_len.div_ceil(256) as usize;
+        let max_works = 2 * slots + splits;
+        let tokens = config.max_batch_tokens as usize;
+        // Twice for layers with and without a window.
+        let work =
+            2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + slots * (2 + splits));
+        let mut plan = Self {
+            kv,
+            layers: model.layers,
+            attention,
+            slots: sizes,
+            max_seq_len,
+            logit_tile: LOGIT_TILE.min(tokens),
+            max_works,
+            packed_bytes: 0,
+            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
+        };
+        let free = device.free_bytes()?;
+        let budget = match config.kv_cache_bytes {
+            Some(bytes) => bytes,
+            None => {
+                let total =
+                    (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
+                let used = weight_bytes + DRIVER_RESERVE + plan.activation_estimate(model, tokens);
+                total.saturating_sub(used + sizes.bytes()).min(free)
+            }
+        };
+        let block_bytes = (model.layers * kv.block_len() * 2) as u64;
+        kv.blocks = (budget / block_bytes).min(u64::from(u32::MAX / config.block_size)) as u32;
+        if kv.blocks == 0 {
+            return Err(CudaError::OutOfMemory {
+                what: "one block of the KV cache",
+                bytes: block_bytes,
+                free: budget,
+            });
+        }
+        (plan.kv, plan.attention.shape) = (kv, kv);
+        plan.packed_bytes = Packer::room_for(&[
+            4 * tokens,
+            4 * tokens,
+            4 * tokens,
+            4 * tokens,
+            size_of::<Want>() * tokens,
+            8 * slots,
+            work,
+            8 * slots * max_blocks,
+            8 * kv.blocks as usize,
+            // Alignment of each array: binds, and attention steps in parts.
+            256 * (slots + 8 * (slots + 4)),
+        ]);
+        Ok(plan)
+    }
+
+    /// A lane's memory and the descriptions, roughly: to leave room for them.
+    fn activation_estimate(&self, model: &ModelConfig, tokens: usize) -> u64 {
+        let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
+        let logits = self.logit_tile * (4 * model.vocab_size + 2 * model.hidden);
+        let scratch = self.max_works * model.heads * (model.head_dim + 2) * 4;
+        (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
+    }
+
+    fn main_bytes(&self) -> u64 {
+        let cache = (self.layers * self.kv.layer_len() * 2) as u64;
+        let packed = self.packed_bytes.next_multiple_of(256) as u64;
+        cache.next_multiple_of(256) + self.slots.bytes() + packed + self.rate_bytes
+    }
+
+    fn rotations(
+        &self,
+        model: &ModelConfig,
+        stream: &Stream,
+        arena: &mut Arena,
+    ) -> Result<[Option<Rates>; 2], CudaError> {
+        let mut rates = |rope: Option<&ModelRope>| -> Result<_, CudaError> {
+            let Some(rope) = rope else { return Ok(None) };
+            let rotation = rope.rotation(self.max_seq_len as usize);
+            let rates = arena.take(rotation.rates.len())?;
+            // SAFETY: the copy has run when `synchronize` returns; the arena is alive.
+            unsafe { stream.upload(&rotation.rates, rates)? };
+            stream.synchronize()?;
+            Ok(Some(Rates {
+                rates,
+                magnitude: rotation.magnitude as f32,
+            }))
+        };
+        let local = model.local.as_ref().map(|local| &local.rope);
+        Ok([rates(Some(&model.rope))?, rates(local)?])
+    }
+
+    fn capacity(&self, config: &CudaConfig) -> Capacity {
+        Capacity {
+            slots: config.slots,
+            blocks: self.kv.blocks,
+            block_size: config.block_size,
+            max_batch_tokens: config.max_batch_tokens,
+            max_seq_len: self.max_seq_len,
+            vocab_size: self.slots.vocab as u32,
+            lanes: vec![LaneId::Main],
+            depth: DEPTH as u32,
+            local: None,
+        }
+    }
+}

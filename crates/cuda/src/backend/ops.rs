@@ -1,0 +1,412 @@
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::bf16;
+use spate_model::{Activation, ModelConfig, Ops};
+
+use super::loader::Matrix;
+use super::step::Step;
+use crate::CudaError;
+use crate::driver::{Arena, Device, Slice, Stream};
+use crate::kernels::{
+    ActMul, AddRmsNorm, Attention, Chosen, CopyBlocks, DecodeScratch, Embed, KvShape, MAX_TOP,
+    Output, Product, QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
+};
+use crate::linear::Linear;
+
+/// Rows of a tile of logits are aligned to so many elements.
+const ALIGN: usize = 8;
+
+/// Every kernel, loaded once for all lanes.
+pub(crate) struct Kernels {
+    pub(crate) embed: Embed,
+    pub(crate) add_rms_norm: AddRmsNorm,
+    pub(crate) act_mul: ActMul,
+    pub(crate) linear: Linear,
+    pub(crate) rope: Rope,
+    pub(crate) attention: Attention,
+    pub(crate) sample: Sample,
+    pub(crate) copy_blocks: CopyBlocks,
+    pub(crate) scatter: Scatter,
+}
+
+impl Kernels {
+    pub(crate) fn load(device: &Device, attention: Attention) -> Result<Self, CudaError> {
+        Ok(Self {
+            embed: Embed::load(device)?,
+            add_rms_norm: AddRmsNorm::load(device)?,
+            act_mul: ActMul::load(device)?,
+            linear: Linear::load(device)?,
+            rope: Rope::load(device)?,
+            attention,
+            sample: Sample::load(device)?,
+            copy_blocks: CopyBlocks::load(device)?,
+            scatter: Scatter::load(device)?,
+        })
+    }
+}
+
+/// What all lanes share: kernels and memory that the whole model uses.
+pub(crate) struct Shared {
+    pub(crate) kernels: Kernels,
+    pub(crate) config: ModelConfig,
+    pub(crate) kv: KvShape,
+    /// `[layers][blocks]…`, see [`KvShape`].
+    pub(crate) cache: Slice<bf16>,
+    pub(crate) slots: SlotMemory,
+    /// Rotation of layers that see everything, and of those with a window.
+    pub(crate) rotations: [Option<Rates>; 2],
+    /// Most tokens of a step.
+    pub(crate) max_tokens: usize,
+    /// Most rows of a step.
+    pub(crate) max_rows: usize,
+    /// Positions whose logits exist at the same time.
+    pub(crate) logit_tile: usize,
+}
+
+/// How fast each rotated pair turns.
+pub(crate) struct Rates {
+    /// Radians per position.
+    pub(crate) rates: Slice<f64>,
+    pub(crate) magnitude: f32,
+}
+
+/// A lane's activations.
+pub(crate) struct Act {
+    width: usize,
+    data: Slice<bf16>,
+}
+
+/// [`Ops`] on a stream, with the scratch memory of one lane.
+pub(crate) struct CudaOps {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) stream: Stream,
+    arena: Arena,
+    /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
+    rotations: [Slice<f32>; 2],
+    decode: DecodeScratch,
+    /// Hidden states of a tile of wanted positions.
+    picked: Slice<bf16>,
+    /// `[tile, vocab]`, the vocabulary rounded up.
+    logits: Slice<f32>,
+    /// One per row.
+    pub(crate) failed: Slice<u32>,
+    /// `[2]` per wanted position, tile after tile.
+    pub(crate) chosen: Slice<Chosen>,
+    /// `[2][MAX_TOP]` per wanted position.
+    pub(crate) tops: Slice<Top>,
+}
+
+impl Shared {
+    fn padded_vocab(&self) -> usize {
+        self.config.vocab_size.next_multiple_of(ALIGN)
+    }
+
+    fn pairs(&self, which: usize) -> usize {
+        self.rotations[which].as_ref().map_or(0, |r| r.rates.len())
+    }
+
+    /// Bytes of a lane's memory, activations included.
+    pub(crate) fn lane_bytes(&self, max_works: usize) -> u64 {
+        let (c, n) = (&self.config, self.max_tokens);
+        let act = |width: usize| Arena::room_for::<bf16>(n * width);
+        let qkv = c.q_width() + 2 * c.kv_width();
+        3 * act(c.hidden)
+            + act(qkv)
+            + act(c.q_width())
+            + act(2 * c.ffn)
+            + act(c.ffn)
+            + Arena::room_for::<f32>(2 * n * self.pairs(0))
+            + Arena::room_for::<f32>(2 * n * self.pairs(1))
+            + self.kernels.attention.scratch_bytes(max_works)
+            + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
+            + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
+            + Arena::room_for::<u32>(self.max_rows)
+            + Arena::room_for::<Chosen>(2 * n)
+            + Arena::room_for::<Top>(2 * n * MAX_TOP)
+    }
+}
+
+impl CudaOps {
+    /// `arena`: as large as [`Shared::lane_bytes`] says.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        stream: Stream,
+        mut arena: Arena,
+        max_works: usize,
+    ) -> Result<Self, CudaError> {
+        let n = shared.max_tokens;
+        let attention = &shared.kernels.attention;
+        let decode = attention.take_scratch(&mut arena, max_works)?;
+        let rotations = [
+            arena.take(2 * n * shared.pairs(0))?,
+            arena.take(2 * n * shared.pairs(1))?,
+        ];
+        let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
+        let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
+        let (failed, chosen) = (arena.take(shared.max_rows)?, arena.take(2 * n)?);
+        let tops = arena.take(2 * n * MAX_TOP)?;
+        // The attention's counters start at zero.
+        // SAFETY: the arena is kept.
+        unsafe { stream.fill(arena.whole(), 0)? };
+        Ok(Self {
+            shared,
+            stream,
+            arena,
+            rotations,
+            decode,
+            picked,
+            logits,
+            failed,
+            chosen,
+            tops,
+        })
+    }
+
+    /// Queues what comes before the rows: block copies, tables.
+    pub(crate) fn begin(&mut self, step: &Step, tables: Slice<u32>) -> Result<(), CudaError> {
+        let s = &self.shared;
+        // SAFETY: the contract checked the blocks, indices are made from slots; memory lives as long
+        // as the lane.
+        unsafe {
+            let copies = &s.kernels.copy_blocks;
+            copies.launch(&self.stream, &s.kv, step.copies, s.cache)?;
+            s.kernels.scatter.launch(&self.stream, step.words, tables)
+        }
+    }
+
+    fn tile(&self, step: &Step, tile: usize) -> Range<usize> {
+        let start = tile * self.shared.logit_tile;
+        start..step.wants.len().min(start + self.shared.logit_tile)
+    }
+
+    /// Which of [`Shared::rotations`] a layer uses.
+    fn rotation_of(&self, layer: usize) -> usize {
+        usize::from(self.shared.config.window(layer).is_some())
+    }
+}
+
+// SAFETY (of all launches here): buffers belong to arenas that live as long as the lane, whose stream
+// is drained before it is dropped; indices come from a checked batch.
+impl Ops for CudaOps {
+    type Matrix = Matrix;
+    type Vector = Slice<f32>;
+    type Act = Act;
+    type Step = Step;
+    type Error = CudaError;
+
+    fn alloc(&mut self, width: usize) -> Result<Act, CudaError> {
+        let data = self.arena.take(self.shared.max_tokens * width)?;
+        Ok(Act { width, data })
+    }
+
+    fn embed(
+        &mut self,
+        step: &Step,
+        table: &Matrix,
+        scale: f32,
+        out: &mut Act,
+    ) -> Result<(), CudaError> {
+        let (s, n) = (&self.shared, step.tokens.len());
+        for (rates, to) in s.rotations.iter().zip(self.rotations) {
+            let Some(Rates { rates, magnitude }) = rates else {
+                continue;
+            };
+            // SAFETY: see above.
+            unsafe {
+                let rope = &s.kernels.rope;
+                rope.rotations(&self.stream, step.positions, *rates, *magnitude, to)?;
+            }
+        }
+        let (last, width) = (s.slots.last, out.width);
+        let out = out.data.range(0..n * width);
+        // SAFETY: see above.
+        unsafe {
+            let embed = &s.kernels.embed;
+            embed.launch(
+                &self.stream,
+                step.tokens,
+                last,
+                table.weights,
+                scale,
+                width,
+                out,
+            )
+        }
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        step: &Step,
+        delta: Option<(&Act, Option<&Slice<f32>>)>,
+        residual: &mut Act,
+        norm: &Slice<f32>,
+        out: &mut Act,
+    ) -> Result<(), CudaError> {
+        let (s, n) = (&self.shared, step.tokens.len());
+        let delta = delta.map(|(delta, norm)| (delta.data, norm.copied()));
+        let eps = s.config.norm_eps;
+        // SAFETY: see above.
+        unsafe {
+            let kernel = &s.kernels.add_rms_norm;
+            kernel.launch(&self.stream, n, delta, residual.data, *norm, eps, out.data)
+        }
+    }
+
+    fn linear(
+        &mut self,
+        step: &Step,
+        matrix: &Matrix,
+        x: &Act,
+        out: &mut Act,
+    ) -> Result<(), CudaError> {
+        let product = Product {
+            tokens: step.tokens.len(),
+            outputs: matrix.rows,
+            inputs: matrix.cols,
+            x: x.data,
+            weights: matrix.weights,
+            fresh_weights: false,
+            bias: matrix.bias,
+            out: Output::Bf16(out.data),
+        };
+        // SAFETY: see above.
+        unsafe { self.shared.kernels.linear.launch(&self.stream, &product) }
+    }
+
+    fn qk_norm_rope_append(
+        &mut self,
+        step: &Step,
+        layer: usize,
+        norms: Option<(&Slice<f32>, &Slice<f32>)>,
+        qkv: &mut Act,
+    ) -> Result<(), CudaError> {
+        let s = &self.shared;
+        let model = QkNormRopeAppend {
+            heads: s.config.heads as u32,
+            shape: s.kv,
+            pairing: s.config.rope(layer).pairing,
+            pairs: (s.config.rope(layer).dims / 2) as u32,
+            eps: s.config.norm_eps,
+        };
+        let rotations = self.rotations[self.rotation_of(layer)];
+        let norms = norms.map(|(q, k)| (*q, *k));
+        let (places, qkv) = (step.places, qkv.data);
+        // SAFETY: see above.
+        unsafe {
+            let rope = &s.kernels.rope;
+            rope.append(
+                &self.stream,
+                &model,
+                layer,
+                norms,
+                rotations,
+                places,
+                qkv,
+                s.cache,
+            )
+        }
+    }
+
+    fn attention(
+        &mut self,
+        step: &Step,
+        layer: usize,
+        qkv: &Act,
+        out: &mut Act,
+    ) -> Result<(), CudaError> {
+        let attention = &self.shared.kernels.attention;
+        let lists = match self.shared.config.window(layer) {
+            Some(_) => step
+                .local
+                .as_ref()
+                .expect("a step has lists for every window"),
+            None => &step.global,
+        };
+        // SAFETY: see above. Steps of a lane run one after another, so the scratch is theirs.
+        unsafe {
+            if let Some(prompts) = &lists.prompts {
+                attention.prefill(&self.stream, prompts, layer, qkv.data, out.data)?;
+            }
+            for decode in &lists.decodes {
+                let scratch = &self.decode;
+                attention.decode(&self.stream, decode, scratch, layer, qkv.data, out.data)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn act_mul(
+        &mut self,
+        step: &Step,
+        activation: Activation,
+        gate_up: &Act,
+        out: &mut Act,
+    ) -> Result<(), CudaError> {
+        let (n, width) = (step.tokens.len(), out.width);
+        let kernel = &self.shared.kernels.act_mul;
+        // SAFETY: see above.
+        unsafe { kernel.launch(&self.stream, activation, n, width, gate_up.data, out.data) }
+    }
+
+    fn check(&mut self, step: &mut Step, x: &Act) -> Result<(), CudaError> {
+        let s = &self.shared;
+        let (rows, last) = (step.rows, s.slots.last);
+        // SAFETY: see above.
+        unsafe {
+            let kernel = &s.kernels.sample;
+            kernel.check(&self.stream, x.data, x.width, rows, last, self.failed)
+        }
+    }
+
+    fn logit_tiles(&self, step: &Step) -> Range<usize> {
+        0..step.wants.len().div_ceil(self.shared.logit_tile)
+    }
+
+    fn logits(
+        &mut self,
+        step: &Step,
+        tile: usize,
+        head: &Matrix,
+        x: &Act,
+    ) -> Result<(), CudaError> {
+        let picks = step.picks.range(self.tile(step, tile));
+        let product = Product {
+            tokens: picks.len(),
+            outputs: head.rows,
+            inputs: head.cols,
+            x: self.picked,
+            weights: head.weights,
+            fresh_weights: false,
+            bias: head.bias,
+            out: Output::F32(self.logits),
+        };
+        let s = &self.shared;
+        // A row of hidden states is found by its index as a row of embeddings is by its id.
+        // SAFETY: see above.
+        unsafe {
+            let (embed, last) = (&s.kernels.embed, s.slots.last);
+            embed.launch(&self.stream, picks, last, x.data, 1.0, x.width, self.picked)?;
+            s.kernels.linear.launch(&self.stream, &product)
+        }
+    }
+
+    fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CudaError> {
+        let (s, range) = (&self.shared, self.tile(step, tile));
+        let results = 2 * range.start..2 * range.end;
+        let tile = SampleTile {
+            logits: self.logits,
+            stride: s.padded_vocab(),
+            vocab: s.config.vocab_size,
+            wants: step.wants.range(range),
+            masks: Slice::null(),
+            failed: self.failed,
+            chosen: self.chosen.range(results.clone()),
+            tops: self
+                .tops
+                .range(results.start * MAX_TOP..results.end * MAX_TOP),
+        };
+        // SAFETY: see above.
+        unsafe { s.kernels.sample.sample(&self.stream, &tile, &s.slots) }
+    }
+}

@@ -1,0 +1,387 @@
+use half::bf16;
+use spate_model::{Activation, RopePairing};
+
+use super::lab::{Lab, Report, distance};
+use crate::CudaError;
+use crate::kernels::{
+    ActMul, AddRmsNorm, CopyBlocks, Embed, KvShape, LAST, NOWHERE, QkNormRopeAppend, Rope,
+};
+
+/// Rounding to bfloat16 leaves 2^-9 at most, and about 0.0017 on average.
+const LIMIT: f64 = 3e-3;
+
+const CASES: usize = 12;
+
+pub(super) fn embed(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let kernel = Embed::load(lab.device())?;
+    let mut errors = Vec::new();
+    for case in 0..CASES {
+        lab.clear()?;
+        let width = [4096, 576, 8, 2048][case % 4] + 8 * lab.below(case + 1);
+        let (vocab, slots, n) = (1 + lab.below(1000), 1 + lab.below(64), 1 + lab.below(300));
+        let table = lab.bf16s(vocab * width);
+        let last: Vec<i32> = (0..slots)
+            .map(|_| lab.below(vocab + 1) as i32 - 1)
+            .collect();
+        let tokens: Vec<u32> = (0..n)
+            .map(|_| match lab.below(2) {
+                0 => lab.below(vocab) as u32,
+                _ => LAST | lab.below(slots) as u32,
+            })
+            .collect();
+        let scale = 0.5 + lab.uniform() as f32;
+        let out = lab.output(n * width)?;
+        let (on_tokens, on_last) = (lab.upload(&tokens)?, lab.upload(&last)?);
+        let on_table = lab.upload(&table)?;
+        // SAFETY: tokens and slots are in range; the arena is alive.
+        unsafe {
+            let out = out.slice;
+            kernel.launch(&lab.stream, on_tokens, on_last, on_table, scale, width, out)?;
+        }
+        let want: Vec<f64> = tokens
+            .iter()
+            .flat_map(|&token| {
+                let token = match token & LAST {
+                    0 => token as usize,
+                    _ => last[(token & !LAST) as usize].max(0) as usize,
+                };
+                let row = &table[token * width..][..width];
+                row.iter().map(move |x| x.to_f64() * f64::from(scale))
+            })
+            .collect();
+        errors.push(distance(&lab.read(out)?, &want));
+    }
+    Ok(vec![lab.report("embed", &errors, LIMIT)])
+}
+
+pub(super) fn add_rms_norm(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    const EPS: f32 = 1e-5;
+    let kernel = AddRmsNorm::load(lab.device())?;
+    let mut errors = Vec::new();
+    for case in 0..CASES {
+        lab.clear()?;
+        let width = lab.pick(&[8, 576, 640, 896, 4096, 8192, AddRmsNorm::MAX_WIDTH]);
+        let n = 1 + lab.below(40);
+        let (residual, delta) = (lab.bf16s(n * width), lab.bf16s(n * width));
+        let (norm, delta_norm) = (lab.f32s(width), lab.f32s(width));
+        let on_residual = lab.output(n * width)?;
+        lab.write(&residual, on_residual.slice)?;
+        let with_delta = case % 3 > 0;
+        let with_norm = case % 3 == 2;
+        let on_delta_norm = with_norm.then(|| lab.upload(&delta_norm)).transpose()?;
+        let on_delta = with_delta.then(|| lab.upload(&delta)).transpose()?;
+        let on_delta = on_delta.map(|delta| (delta, on_delta_norm));
+        let on_norm = lab.upload(&norm)?;
+        let out = lab.output(n * width)?;
+        // SAFETY: the arena is alive.
+        unsafe {
+            let (residual, out) = (on_residual.slice, out.slice);
+            kernel.launch(&lab.stream, n, on_delta, residual, on_norm, EPS, out)?;
+        }
+        let mut deltas = Vec::new();
+        for row in delta.chunks_exact(width) {
+            let row: Vec<f64> = row.iter().map(|x| x.to_f64()).collect();
+            let norm = with_norm.then_some(delta_norm.as_slice());
+            normalise(&row, norm, f64::from(EPS), &mut deltas);
+        }
+        let each = residual.iter().zip(&deltas);
+        let sums: Vec<f64> = each
+            .map(|(r, d)| r.to_f64() + if with_delta { *d } else { 0.0 })
+            .collect();
+        let mut want = Vec::new();
+        for row in sums.chunks_exact(width) {
+            normalise(row, Some(&norm), f64::from(EPS), &mut want);
+        }
+        errors.push(distance(&lab.read(out)?, &want));
+        errors.push(distance(&lab.read(on_residual)?, &sums));
+    }
+    let mut report = lab.report("add_rms_norm", &errors, LIMIT);
+
+    lab.clear()?;
+    let (n, width) = (2048, 4096);
+    let (x, norm) = (lab.bf16s(n * width), lab.f32s(width));
+    let (delta, residual) = (lab.upload(&x)?, lab.upload(&x)?);
+    let (norm, out) = (lab.upload(&norm)?, lab.output(n * width)?.slice);
+    // SAFETY: the arena is alive.
+    let time = lab.time(|stream| unsafe {
+        kernel.launch(stream, n, Some((delta, None)), residual, norm, EPS, out)
+    })?;
+    report.time = Some(time);
+    report.bytes = Some(4 * 2 * (n * width) as u64);
+    // SAFETY: as above.
+    let decode = lab.time(|stream| unsafe {
+        kernel.launch(stream, 16, Some((delta, None)), residual, norm, EPS, out)
+    })?;
+    let mut small = lab.report("add_rms_norm 16 x 4096", &[], LIMIT);
+    small.time = Some(decode);
+    Ok(vec![report, small])
+}
+
+/// Appends x / rms(x) * norm.
+fn normalise(x: &[f64], norm: Option<&[f32]>, eps: f64, out: &mut Vec<f64>) {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let scale = (mean + eps).sqrt().recip();
+    out.extend(x.iter().enumerate().map(|(i, x)| match norm {
+        Some(norm) => x * scale * f64::from(norm[i]),
+        None => *x,
+    }));
+}
+
+pub(super) fn act_mul(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let kernel = ActMul::load(lab.device())?;
+    let mut reports = Vec::new();
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        let mut errors = Vec::new();
+        for _ in 0..CASES {
+            lab.clear()?;
+            let (n, width) = (1 + lab.below(200), 8 * (1 + lab.below(1000)));
+            let gate_up: Vec<bf16> = (0..2 * n * width)
+                .map(|_| bf16::from_f64(4.0 * lab.normal()))
+                .collect();
+            let on_gate_up = lab.upload(&gate_up)?;
+            let out = lab.output(n * width)?;
+            // SAFETY: the arena is alive.
+            unsafe {
+                kernel.launch(&lab.stream, activation, n, width, on_gate_up, out.slice)?;
+            }
+            let rows = gate_up.chunks_exact(2 * width);
+            let want: Vec<f64> = rows
+                .flat_map(|row| {
+                    let (gate, up) = row.split_at(width);
+                    let each = gate.iter().zip(up);
+                    each.map(|(g, u)| activate(activation, g.to_f64()) * u.to_f64())
+                })
+                .collect();
+            errors.push(distance(&lab.read(out)?, &want));
+        }
+        let name = format!("act_mul {activation:?}");
+        reports.push(lab.report(&name, &errors, LIMIT));
+    }
+    lab.clear()?;
+    let (n, width) = (2048, 14336);
+    let gate_up = lab.bf16s(2 * n * width);
+    let (gate_up, out) = (lab.upload(&gate_up)?, lab.output(n * width)?.slice);
+    // SAFETY: the arena is alive.
+    let time = lab.time(|stream| unsafe {
+        kernel.launch(stream, Activation::Silu, n, width, gate_up, out)
+    })?;
+    reports[0].time = Some(time);
+    reports[0].bytes = Some(3 * 2 * (n * width) as u64);
+    Ok(reports)
+}
+
+fn activate(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            0.5 * x * (1.0 + u.tanh())
+        }
+    }
+}
+
+/// A random model's heads, and what the cache must hold after an append.
+struct RopeCase {
+    model: QkNormRopeAppend,
+    layers: usize,
+    tokens: usize,
+}
+
+impl RopeCase {
+    fn new(lab: &mut Lab, dim: u32) -> Self {
+        let kv_heads = 1 + lab.below(4) as u32;
+        let rotated = match lab.below(3) {
+            0 if dim > 32 => dim / 2 / 16 * 16,
+            _ => dim,
+        };
+        let pairing = lab.pick(&[RopePairing::Interleaved, RopePairing::Halves]);
+        Self {
+            model: QkNormRopeAppend {
+                heads: kv_heads * (1 + lab.below(8) as u32),
+                shape: KvShape {
+                    blocks: 4 + lab.below(12) as u32,
+                    kv_heads,
+                    block_size: lab.pick(&[16, 32, 64]),
+                    head_dim: dim,
+                },
+                pairing,
+                pairs: rotated / 2,
+                eps: 1e-6,
+            },
+            layers: 1 + lab.below(3),
+            tokens: 1 + lab.below(100),
+        }
+    }
+}
+
+pub(super) fn rope(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let kernel = Rope::load(lab.device())?;
+    let mut reports = Vec::new();
+    for dim in [64, 80, 96, 128, 256] {
+        let mut errors = Vec::new();
+        for _ in 0..CASES {
+            lab.clear()?;
+            let case = RopeCase::new(lab, dim);
+            let with_norms = lab.below(2) == 0;
+            errors.extend(rope_case(lab, &kernel, &case, with_norms)?);
+        }
+        let name = format!("rope, norm, append, head {dim}");
+        reports.push(lab.report(&name, &errors, LIMIT));
+    }
+    Ok(reports)
+}
+
+/// Errors of queries and of the cache; infinite if the cache changed where it must not.
+fn rope_case(
+    lab: &mut Lab,
+    kernel: &Rope,
+    case: &RopeCase,
+    with_norms: bool,
+) -> Result<[f64; 2], CudaError> {
+    let RopeCase {
+        model,
+        layers,
+        tokens,
+    } = *case;
+    let (shape, dim) = (model.shape, model.shape.head_dim as usize);
+    let (heads, kv_heads) = (model.heads as usize, shape.kv_heads as usize);
+    let (all_heads, pairs) = (heads + 2 * kv_heads, model.pairs as usize);
+    let rates: Vec<f64> = (0..pairs)
+        .map(|i| 500_000f64.powf(-(i as f64) / pairs as f64))
+        .collect();
+    let positions: Vec<u32> = (0..tokens).map(|_| lab.below(200_000) as u32).collect();
+    let mut free: Vec<u32> = (0..shape.blocks * shape.block_size).collect();
+    let places: Vec<u32> = (0..tokens)
+        .map(|_| match lab.below(8) {
+            0 => NOWHERE,
+            _ if free.is_empty() => NOWHERE,
+            _ => free.swap_remove(lab.below(free.len())),
+        })
+        .collect();
+    let magnitude = 1.0 + lab.below(2) as f32 * 0.25;
+    let qkv = lab.bf16s(tokens * all_heads * dim);
+    let norms = [lab.f32s(dim), lab.f32s(dim)];
+    let layer = lab.below(layers);
+
+    let rotations = lab.output(2 * tokens * pairs)?;
+    let (on_positions, on_rates) = (lab.upload(&positions)?, lab.upload(&rates)?);
+    let on_places = lab.upload(&places)?;
+    let on_qkv = lab.output(qkv.len())?;
+    lab.write(&qkv, on_qkv.slice)?;
+    let on_norms = match with_norms {
+        true => Some((lab.upload(&norms[0])?, lab.upload(&norms[1])?)),
+        false => None,
+    };
+    let cache = lab.output(layers * shape.layer_len())?;
+    // SAFETY: places are inside the cache and differ; the arena is alive.
+    unsafe {
+        let stream = &lab.stream;
+        kernel.rotations(stream, on_positions, on_rates, magnitude, rotations.slice)?;
+        kernel.append(
+            stream,
+            &model,
+            layer,
+            on_norms,
+            rotations.slice,
+            on_places,
+            on_qkv.slice,
+            cache.slice,
+        )?;
+    }
+    let (got, cache) = (lab.read(on_qkv)?, lab.read(cache)?);
+    lab.read(rotations)?;
+
+    let (mut got_queries, mut want_queries) = (Vec::new(), Vec::new());
+    let (mut got_cache, mut want_cache) = (Vec::new(), Vec::new());
+    let mut touched = 0;
+    for t in 0..tokens {
+        for head in 0..all_heads {
+            let at = (t * all_heads + head) * dim;
+            let x: Vec<f64> = qkv[at..at + dim].iter().map(|x| x.to_f64()).collect();
+            let is_value = head >= heads + kv_heads;
+            let mut want = Vec::new();
+            let norm = &norms[usize::from(head >= heads)];
+            let norm = (with_norms && !is_value).then_some(norm.as_slice());
+            normalise(&x, norm, f64::from(model.eps), &mut want);
+            if !is_value {
+                let angle = |i: usize| f64::from(positions[t]) * rates[i];
+                rotate(&mut want, model.pairing, pairs, magnitude.into(), angle);
+            }
+            if head < heads {
+                got_queries.extend_from_slice(&got[at..at + dim]);
+                want_queries.extend(want);
+            } else if places[t] != NOWHERE {
+                let (block, offset) = (places[t] / shape.block_size, places[t] % shape.block_size);
+                let tile = (shape.block_size as usize) * dim;
+                let at = layer * shape.layer_len()
+                    + block as usize * shape.block_len()
+                    + (head - heads) * tile // keys of all heads, then values of all heads
+                    + offset as usize * dim;
+                got_cache.extend_from_slice(&cache[at..at + dim]);
+                want_cache.extend(want);
+                touched += dim;
+            }
+        }
+    }
+    let written = cache.iter().filter(|x| x.to_bits() != 0xffff).count();
+    let cache_error = match written == touched {
+        true => distance(&got_cache, &want_cache),
+        false => f64::INFINITY,
+    };
+    Ok([distance(&got_queries, &want_queries), cache_error])
+}
+
+fn rotate(
+    head: &mut [f64],
+    pairing: RopePairing,
+    pairs: usize,
+    magnitude: f64,
+    angle: impl Fn(usize) -> f64,
+) {
+    for i in 0..pairs {
+        let (a, b) = match pairing {
+            RopePairing::Interleaved => (2 * i, 2 * i + 1),
+            RopePairing::Halves => (i, i + pairs),
+        };
+        let (sine, cosine) = angle(i).sin_cos();
+        let (x, y) = (head[a] * magnitude, head[b] * magnitude);
+        (head[a], head[b]) = (x * cosine - y * sine, x * sine + y * cosine);
+    }
+}
+
+pub(super) fn copy_blocks(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let kernel = CopyBlocks::load(lab.device())?;
+    let mut errors = Vec::new();
+    for _ in 0..CASES {
+        lab.clear()?;
+        let shape = KvShape {
+            blocks: 2 + lab.below(30) as u32,
+            kv_heads: 1 + lab.below(8) as u32,
+            block_size: 16,
+            head_dim: lab.pick(&[64, 80, 128]),
+        };
+        let layers = 1 + lab.below(4);
+        let mut want = lab.bf16s(layers * shape.layer_len());
+        let cache = lab.output(want.len())?;
+        lab.write(&want, cache.slice)?;
+        let half = shape.blocks / 2;
+        let copies = 1 + lab.below(half as usize) as u32;
+        // From the lower half into the upper one.
+        let pairs: Vec<[u32; 2]> = (0..copies)
+            .map(|i| [lab.below(half as usize) as u32, half + i])
+            .collect();
+        let on_pairs = lab.upload(&pairs.concat())?;
+        // SAFETY: the blocks are inside the cache, none is read and written; the arena is alive.
+        unsafe { kernel.launch(&lab.stream, &shape, on_pairs, cache.slice)? };
+        let len = shape.block_len();
+        for layer in want.chunks_exact_mut(shape.layer_len()) {
+            for &[from, to] in &pairs {
+                let from = from as usize * len;
+                layer.copy_within(from..from + len, to as usize * len);
+            }
+        }
+        let same = lab.read(cache)? == want;
+        errors.push(if same { 0.0 } else { f64::INFINITY });
+    }
+    Ok(vec![lab.report("copy_blocks", &errors, 0.0)])
+}

@@ -1,0 +1,243 @@
+use std::cell::Cell;
+
+use half::bf16;
+
+use super::lab::{Lab, Report};
+use crate::driver::{Priority, Slice, Stream};
+use crate::kernels::{GemmHopper, GemmPortable, Output, Product};
+use crate::{CudaError, Linear};
+
+/// Rounding of the result to bfloat16, and float32 sums of thousands of products.
+const LIMIT_BF16: f64 = 3e-3;
+const LIMIT_F32: f64 = 1e-4;
+
+const CASES: usize = 24;
+
+/// Outputs of a case that are compared: all of them would take the CPU too long.
+const SAMPLES: usize = 500;
+
+type Launch<'a> = &'a dyn Fn(&Stream, &Product) -> Result<(), CudaError>;
+
+pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let portable = GemmPortable::load(lab.device())?;
+    let linear = Linear::load(lab.device())?;
+    // SAFETY: all callers keep the arena; weights are uploaded and waited for beforehand.
+    let any = |stream: &Stream, product: &Product| unsafe { portable.launch(stream, product) };
+    // SAFETY: as above.
+    let best = |stream: &Stream, product: &Product| unsafe { linear.launch(stream, product) };
+    let mut reports = accuracy(lab, "linear (mma.sync)", &any)?;
+    reports.push(invariance(lab, "linear (mma.sync)", &any, &any)?);
+    if GemmHopper::fits(lab.device()) {
+        reports.extend(accuracy(lab, "linear (wgmma)", &best)?);
+        reports.push(invariance(lab, "linear (wgmma)", &best, &any)?);
+    }
+    Ok(reports)
+}
+
+/// A product with everything that it needs.
+struct Case {
+    product: Product,
+    x: Vec<bf16>,
+    weights: Vec<bf16>,
+    bias: Vec<f32>,
+}
+
+impl Case {
+    /// `out` is left as no memory.
+    fn new(lab: &mut Lab, tokens: usize, outputs: usize, inputs: usize) -> Result<Self, CudaError> {
+        let (x, weights) = (lab.bf16s(tokens * inputs), lab.bf16s(outputs * inputs));
+        let bias = lab.f32s(outputs);
+        let with_bias = lab.below(2) == 0;
+        let on_bias = with_bias.then(|| lab.upload(&bias)).transpose()?;
+        Ok(Self {
+            product: Product {
+                tokens,
+                outputs,
+                inputs,
+                x: lab.upload(&x)?,
+                weights: lab.upload(&weights)?,
+                fresh_weights: false,
+                bias: on_bias,
+                out: Output::F32(Slice::null()),
+            },
+            x,
+            weights,
+            bias,
+        })
+    }
+
+    fn random(lab: &mut Lab, case: usize) -> Result<Self, CudaError> {
+        // Ragged against every tile size, and the narrow kernels as often as the wide ones.
+        let tokens = match case % 3 {
+            0 => 1 + lab.below(16),
+            1 => 1 + lab.below(150),
+            _ => 1 + lab.below(700),
+        };
+        let outputs = 8 * (1 + lab.below(200));
+        let inputs = 8 * (1 + lab.below([20, 200][case % 2]));
+        Self::new(lab, tokens, outputs, inputs)
+    }
+
+    fn want(&self, token: usize, output: usize) -> f64 {
+        let width = self.product.inputs;
+        let row = &self.x[token * width..][..width];
+        let weights = &self.weights[output * width..][..width];
+        let products = row
+            .iter()
+            .zip(weights)
+            .map(|(x, w)| x.to_f64() * w.to_f64());
+        let bias = self.product.bias.map_or(0.0, |_| self.bias[output].into());
+        products.sum::<f64>() + bias
+    }
+
+    /// Distance at random places; infinite if anything else is not a number.
+    fn error(&self, lab: &mut Lab, got: &[f64]) -> f64 {
+        if got.iter().any(|x| !x.is_finite()) {
+            return f64::INFINITY;
+        }
+        let (mut apart, mut size) = (0.0, 0.0);
+        for _ in 0..SAMPLES {
+            let (token, output) = (
+                lab.below(self.product.tokens),
+                lab.below(self.product.outputs),
+            );
+            let want = self.want(token, output);
+            apart += (got[token * self.product.outputs + output] - want).powi(2);
+            size += want * want;
+        }
+        (apart / size.max(f64::MIN_POSITIVE)).sqrt()
+    }
+}
+
+fn accuracy(lab: &mut Lab, name: &str, launch: Launch) -> Result<Vec<Report>, CudaError> {
+    let (mut errors_bf16, mut errors_f32) = (Vec::new(), Vec::new());
+    for case in 0..CASES {
+        lab.clear()?;
+        let case = Case::random(lab, case)?;
+        let len = case.product.tokens * case.product.outputs;
+
+        let out = lab.output::<bf16>(len)?;
+        let product = Product {
+            out: Output::Bf16(out.slice),
+            ..case.product
+        };
+        launch(&lab.stream, &product)?;
+        let got: Vec<f64> = lab.read(out)?.iter().map(|x| x.to_f64()).collect();
+        errors_bf16.push(case.error(lab, &got));
+
+        let out = lab.output::<f32>(len)?;
+        let product = Product {
+            out: Output::F32(out.slice),
+            ..case.product
+        };
+        launch(&lab.stream, &product)?;
+        let got: Vec<f64> = lab.read(out)?.iter().map(|&x| x.into()).collect();
+        errors_f32.push(case.error(lab, &got));
+    }
+    Ok(vec![
+        lab.report(&format!("{name}, bf16"), &errors_bf16, LIMIT_BF16),
+        lab.report(&format!("{name}, f32"), &errors_f32, LIMIT_F32),
+    ])
+}
+
+/// Share of outputs whose bits change with the number of tokens, with the SMs, or between kernels.
+fn invariance(
+    lab: &mut Lab,
+    name: &str,
+    launch: Launch,
+    other: Launch,
+) -> Result<Report, CudaError> {
+    let mut shares = Vec::new();
+    let device = lab.device().clone();
+    for inputs in [576, 4096, 14336] {
+        lab.clear()?;
+        let case = Case::new(lab, 300, 1000, inputs)?;
+        let mut run = |launch: Launch, tokens: usize, sms: u32| {
+            let out = lab.output::<f32>(tokens * 1000)?;
+            let product = Product {
+                tokens,
+                out: Output::F32(out.slice),
+                ..case.product
+            };
+            let stream = Stream::new(&device, Priority::Low)?.with_sms(sms);
+            // The poison is written by another stream.
+            lab.stream.synchronize()?;
+            launch(&stream, &product)?;
+            stream.synchronize()?;
+            lab.read(out)
+        };
+        let all = run(launch, 300, device.sms())?;
+        for tokens in [1, 9, 17, 33, 64, 65, 128, 200, 256, 300] {
+            for (launch, sms) in [(launch, device.sms()), (launch, 10), (other, device.sms())] {
+                let got = run(launch, tokens, sms)?;
+                let pairs = got.iter().zip(&all);
+                let differ = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                shares.push(differ as f64 / got.len() as f64);
+            }
+        }
+    }
+    Ok(lab.report(&format!("{name}, same bits"), &shares, 0.0))
+}
+
+/// Speed on the shapes of an 8B model, every run with other weights: those of the last are in L2.
+pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    const COLD: usize = 400 << 20;
+    const SHAPES: [(&str, usize, usize); 5] = [
+        ("qkv", 6144, 4096),
+        ("o", 4096, 4096),
+        ("gate_up", 28672, 4096),
+        ("down", 4096, 14336),
+        ("lm_head", 128_256, 4096),
+    ];
+    const TOKENS: [usize; 7] = [1, 16, 64, 256, 512, 2048, 4096];
+    let linear = Linear::load(lab.device())?;
+    let mut reports = Vec::new();
+    for (name, outputs, inputs) in SHAPES {
+        lab.clear()?;
+        let len = outputs * inputs;
+        let copies = COLD / (2 * len) + 1;
+        let weights = random_matrix(lab, copies * len)?;
+        // The head is used for few positions only.
+        let most = if name == "lm_head" { 256 } else { 4096 };
+        let x = random_matrix(lab, most * inputs)?;
+        let out = lab.output::<bf16>(most * outputs)?.slice;
+        for tokens in TOKENS.into_iter().filter(|&tokens| tokens <= most) {
+            let next = Cell::new(0);
+            let time = lab.time(|stream| {
+                let at = next.replace((next.get() + 1) % copies) * len;
+                let product = Product {
+                    tokens,
+                    outputs,
+                    inputs,
+                    x,
+                    weights: weights.range(at..at + len),
+                    fresh_weights: false,
+                    bias: None,
+                    out: Output::Bf16(out),
+                };
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe { linear.launch(stream, &product) }
+            })?;
+            let mut report = lab.report(&format!("linear {name} x {tokens}"), &[], 0.0);
+            report.time = Some(time);
+            match tokens {
+                ..=64 => report.bytes = Some(2 * len as u64),
+                _ => report.operations = Some(2 * (tokens * len) as u64),
+            }
+            reports.push(report);
+        }
+    }
+    Ok(reports)
+}
+
+/// Random numbers that repeat after some megabytes.
+fn random_matrix(lab: &mut Lab, len: usize) -> Result<Slice<bf16>, CudaError> {
+    const PIECE: usize = 1 << 22;
+    let piece = lab.bf16s(PIECE);
+    let all = lab.output::<bf16>(len)?.slice;
+    for start in (0..len).step_by(PIECE) {
+        let part = all.range(start..(start + PIECE).min(len));
+        lab.write(&piece[..part.len()], part)?;
+    }
+    Ok(all)
+}
