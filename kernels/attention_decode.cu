@@ -52,17 +52,16 @@ struct Decode {
     for (uint32_t index = blockIdx.x; index < count; index += gridDim.x) {
       const uint32_t at = index / heads, head = index % heads;
       const Work work = args.work[at];
-      const Sequence sequence = args.sequences[work.sequence];
       kv_head = head / row_tiles();
       first_row = head % row_tiles() * 16;
       rows = min(args.group - first_row, 16u);
-      length = sequence.position + 1;
-      seen_from = first_seen(args, sequence.position);
+      length = work.position + 1;
+      seen_from = first_seen(args, work.position);
       const uint32_t begin = max(work.part * split, seen_from), end = min((work.part + 1) * split, length);
-      find_tiles(begin / TILE, divide_up(end, TILE), sequence.table);
-      load_queries(sequence.token);
+      find_tiles(begin / TILE, divide_up(end, TILE), work.table);
+      load_queries(work.token);
       const Weights weights = accumulate(end);
-      finish(work, sequence, at, head, weights);
+      finish(work, at, head, weights);
     }
   }
 
@@ -129,13 +128,8 @@ struct Decode {
     }
     float(&flat)[8] = reinterpret_cast<float(&)[8]>(scores);
     if (args.cap_out != 0.f) cap_scores(flat, args);
-    if (position < seen_from || position + TILE > length) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const uint32_t p = position + i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (p < seen_from || p >= length) flat[i] = -infinity();
-      }
-    }
+    const uint32_t own[2] = {length - 1, length - 1};
+    if (position < seen_from || position + TILE > length) hide_unseen(flat, args, position, own, lane % 4 * 2);
     float change[2];
     weights.add(flat, args.scale, change);
     const uint32_t p[4] = {pack_bf16(flat[0], flat[1]), pack_bf16(flat[2], flat[3]), pack_bf16(flat[4], flat[5]),
@@ -155,8 +149,7 @@ struct Decode {
   }
 
   // Adds up the warps, in order, and hands the result on: to the output if there is no other split.
-  __device__ __forceinline__ void finish(const Work& work, const Sequence& sequence, uint32_t at, uint32_t head,
-                                         const Weights& weights) {
+  __device__ __forceinline__ void finish(const Work& work, uint32_t at, uint32_t head, const Weights& weights) {
     __shared__ float2 sums[WARPS][16];
     __shared__ bool last;
     float(*outs)[16][HD] = reinterpret_cast<float(*)[16][HD]>(shared);
@@ -178,7 +171,7 @@ struct Decode {
     // Slots of one sequence and key/value head: `kv_heads` apart from split to split.
     const size_t slot = size_t(at) * args.shape.kv_heads + kv_head;
     const size_t first_slot = slot - size_t(work.part - first_part) * args.shape.kv_heads;
-    bf16* to = args.out + (size_t(sequence.token) * args.shape.kv_heads + kv_head) * args.group * HD;
+    bf16* to = args.out + (size_t(work.token) * args.shape.kv_heads + kv_head) * args.group * HD;
     for (uint32_t i = threadIdx.x; i < rows * (HD / 4); i += THREADS) {
       const uint32_t row = i / (HD / 4), column = i % (HD / 4) * 4;
       float2 total = make_float2(-infinity(), 0.f);

@@ -28,7 +28,7 @@ struct Prefill {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // The work in hand.
-  Sequence sequence;
+  Work work;
   uint32_t kv_head, first_row;
   uint32_t end;  // no row of the tile sees this position or a later one
 
@@ -42,12 +42,11 @@ struct Prefill {
     uint32_t index;
     for (uint32_t round = 0; round * gridDim.x < count; round++) {
       if (!next_work(round, count, index)) continue;
-      const Work work = args.work[index / args.shape.kv_heads];
-      sequence = args.sequences[work.sequence];
+      work = args.work[index / args.shape.kv_heads];
       kv_head = index % args.shape.kv_heads;
       first_row = work.part * ROWS;
-      const uint32_t tokens = min(sequence.tokens, divide_up(first_row + ROWS, args.group));
-      end = sequence.position + tokens;
+      const uint32_t tokens = min(work.tokens, divide_up(first_row + ROWS, args.group));
+      end = work.position + tokens;
       accumulate();
       store();
     }
@@ -55,7 +54,7 @@ struct Prefill {
 
   // Position of a row of the tile; of rows behind the last token, what it would be.
   __device__ __forceinline__ uint32_t position(uint32_t row) const {
-    return sequence.position + (first_row + row) / args.group;
+    return work.position + (first_row + row) / args.group;
   }
 
   __device__ __forceinline__ void accumulate() {
@@ -87,8 +86,8 @@ struct Prefill {
     for (uint32_t i = threadIdx.x; i < ROWS * Tile::PIECES; i += THREADS) {
       const uint32_t row = i / Tile::PIECES, piece = i % Tile::PIECES;
       const uint32_t token = (first_row + row) / args.group, head = (first_row + row) % args.group;
-      const bool valid = token < sequence.tokens;
-      const size_t at = size_t(sequence.token + token) * args.q_stride + (kv_head * args.group + head) * HD;
+      const bool valid = token < work.tokens;
+      const size_t at = size_t(work.token + token) * args.q_stride + (kv_head * args.group + head) * HD;
       copy_async(shared + Tile::place(row, piece), args.q + (valid ? at + piece * VEC : 0), valid);
     }
   }
@@ -102,7 +101,7 @@ struct Prefill {
       if (N / 16 % WARPS != 0 && row >= N) continue;
       const uint32_t block_size = args.shape.block_size;
       const bool any = position < end;
-      const uint32_t block = any ? args.tables[sequence.table + position / block_size] : 0;
+      const uint32_t block = any ? args.tables[work.table + position / block_size] : 0;
       const bf16* keys =
           args.cache + args.shape.key_tile(args.layer, block, kv_head) + size_t(position % block_size) * HD;
       Tile::copy16(shared + to + row * Tile::BYTES, keys + from_keys, any ? end - position : 0);
@@ -137,28 +136,16 @@ struct Prefill {
     for (int m = 0; m < MT; m++) {
       float(&flat)[N / 2] = reinterpret_cast<float(&)[N / 2]>(scores[m]);
       if (args.cap_out != 0.f) cap_scores(flat, args);
-      if (partly) mask(flat, start, (warp * MT + m) * 16 + lane / 4);
+      if (partly) {
+        const uint32_t row = (warp * MT + m) * 16 + lane / 4, own[2] = {position(row), position(row + 8)};
+        hide_unseen(flat, args, start, own, lane % 4 * 2);
+      }
       float change[2];
       weights[m].add(flat, args.scale, change);
 #pragma unroll
       for (int j = 0; j < HD / 8; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) out[m][j][i] *= change[i / 2];
-      }
-    }
-  }
-
-  __device__ __forceinline__ void mask(float (&scores)[N / 2], uint32_t start, uint32_t row) const {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t own = position(row + half * 8), from = first_seen(args, own);
-#pragma unroll
-      for (int i = 2 * half; i < N / 2; i += 4) {
-#pragma unroll
-        for (int j = i; j < i + 2; j++) {
-          const uint32_t p = start + j / 4 * 8 + lane % 4 * 2 + j % 2;
-          if (p > own || p < from) scores[j] = -infinity();
-        }
       }
     }
   }
@@ -197,9 +184,9 @@ struct Prefill {
         const uint32_t row = first_row + (warp * MT + m) * 16 + lane / 4 + half * 8;
         const uint32_t token = row / args.group;
         const float inverse = 1.f / weights[m].row(half, args.scale).y;
-        if (token >= sequence.tokens) continue;
+        if (token >= work.tokens) continue;
         bf16* to = args.out +
-                   (size_t(sequence.token + token) * heads + kv_head * args.group + row % args.group) * HD +
+                   (size_t(work.token + token) * heads + kv_head * args.group + row % args.group) * HD +
                    lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < HD / 8; j++) {

@@ -9,8 +9,9 @@
 // its position, queries, keys, values and window alone: not on the batch, the grid, where blocks lie,
 // how the prompt was cut into chunks, nor on whether the token was prompt or generated.
 //
-// cache  a tensor map of all rows of head_dim elements, boxes of 64 x box_rows with the 128-byte swizzle;
-//        box_rows divides block_size and N and is a multiple of 16
+// cache  a tensor map of all keys and values: 64 elements, 8 rows, parts of 64 elements of a head, groups of 8
+//        rows; a box is box_rows rows with the 128-byte swizzle; box_rows divides block_size and N and is a
+//        multiple of 16
 // work   prefill: the tiles of query rows of every sequence, those with the most positions first;
 //        decode: every split that a sequence's query sees, neighbours in order
 //
@@ -29,6 +30,16 @@ constexpr int STAGES = 2;
 // A decode step of one long sequence wants short splits, to spread over the SMs; prefill wants few merges.
 constexpr uint32_t SPLIT = 1024;
 
+// Work of one key/value head, with what follows from it.
+struct Task {
+  Work work;
+  uint32_t at;  // its place in the list
+  uint32_t kv_head;
+  uint32_t first_row;
+  uint32_t first_tile, end_tile;  // of positions; end_tile is 0 when there is no more work
+  uint32_t end;                   // no row sees this position or a later one
+};
+
 template <int HD_, int N_, int CONSUMERS_, bool DECODE_>
 struct Shape {
   static constexpr int HD = HD_, N = N_, CONSUMERS = CONSUMERS_;
@@ -38,12 +49,14 @@ struct Shape {
   // A row of head_dim elements is cut into parts of 64, the last filled up with zeros.
   static constexpr int PARTS = (HD + 63) / 64;
   static constexpr int Q_PART = 64 * SWIZZLE_ROW, Q_TILE = PARTS * Q_PART;
-  static constexpr int KV_PART = N * SWIZZLE_ROW, KV_TILE = PARTS * KV_PART;
+  // Of a tile of keys or values, 8 rows of a part lie together, then those of the next part.
+  static constexpr int GROUP_PART = 8 * SWIZZLE_ROW, GROUP = PARTS * GROUP_PART, KV_TILE = N / 8 * GROUP;
   static constexpr int KEYS_AT = CONSUMERS * Q_TILE;
   static constexpr int VALUES_AT = KEYS_AT + STAGES * KV_TILE;
   static constexpr int TOTALS_AT = VALUES_AT + STAGES * KV_TILE;
   static constexpr int BARRIERS_AT = TOTALS_AT + (DECODE ? 0 : ROWS * HD * 4);
-  static constexpr int SHARED_BYTES = BARRIERS_AT + (4 * STAGES + 2 * CONSUMERS) * 8;
+  static constexpr int TASKS_AT = BARRIERS_AT + (4 * STAGES + 2 * CONSUMERS) * 8;
+  static constexpr int SHARED_BYTES = TASKS_AT + CONSUMERS * static_cast<int>(sizeof(Task));
   static_assert(SHARED_BYTES <= 227 * 1024);
   static constexpr uint32_t TILES_PER_SPLIT = SPLIT / N;
 };
@@ -89,14 +102,6 @@ struct Attention {
   const uint32_t shared;
   uint8_t* const shared_pointer;
 
-  // The work in hand.
-  uint32_t at;  // its place in `work`
-  Work work;
-  Sequence sequence;
-  uint32_t kv_head, first_row;
-  uint32_t first_tile, end_tile;
-  uint32_t end;  // no row sees this position or a later one
-
   __device__ __forceinline__ Attention(const AttentionArgs& args, const TensorMap& cache, uint32_t box_rows,
                                        uint8_t* shared_pointer)
       : args(args),
@@ -129,47 +134,51 @@ struct Attention {
     }
     for (int consumer = 0; consumer < S::CONSUMERS; consumer++) {
       barrier_init(queries_full(consumer), 32);
-      barrier_init(queries_empty(consumer), 4);
+      barrier_init(queries_empty(consumer), 128);  // every thread has read the task
     }
     barrier_init_fence();
   }
 
-  // ---- the work, as every warp sees it
+  // ---- the work
 
-  // Takes this block's next work; false when there is no more.
-  __device__ __forceinline__ bool take(uint32_t& round) {
+  // This block's next work. Each loading warp finds it for itself.
+  __device__ __forceinline__ Task take(uint32_t& round) const {
+    Task task = {};
     const uint32_t count = *args.works * args.shape.kv_heads;
     uint32_t index;
-    if (!next_work(round++, count, index)) return false;
-    at = index / args.shape.kv_heads;
-    kv_head = index % args.shape.kv_heads;
-    work = args.work[at];
-    sequence = args.sequences[work.sequence];
-    first_row = S::DECODE ? 0 : work.part * S::ROWS;
-    const uint32_t tokens = min(sequence.tokens, divide_up(first_row + S::ROWS, args.group));
-    end = sequence.position + tokens;
-    first_tile = first_seen(args, position(0)) / N;
-    end_tile = divide_up(end, N);
+    if (!next_work(round++, count, index)) return task;
+    task.at = index / args.shape.kv_heads;
+    task.kv_head = index % args.shape.kv_heads;
+    task.work = args.work[task.at];
+    task.first_row = S::DECODE ? 0 : task.work.part * S::ROWS;
+    const uint32_t tokens = min(task.work.tokens, divide_up(task.first_row + S::ROWS, args.group));
+    task.end = task.work.position + tokens;
+    task.first_tile = first_seen(args, position(task, 0)) / N;
+    task.end_tile = divide_up(task.end, N);
     if (S::DECODE) {
-      first_tile = max(first_tile, work.part * S::TILES_PER_SPLIT);
-      end_tile = min(end_tile, (work.part + 1) * S::TILES_PER_SPLIT);
+      task.first_tile = max(task.first_tile, task.work.part * S::TILES_PER_SPLIT);
+      task.end_tile = min(task.end_tile, (task.work.part + 1) * S::TILES_PER_SPLIT);
     }
-    return true;
+    return task;
   }
 
   // Position of a row of the tile; of rows behind the last token, what it would be.
-  __device__ __forceinline__ uint32_t position(uint32_t row) const {
-    return sequence.position + (first_row + row) / args.group;
+  __device__ __forceinline__ uint32_t position(const Task& task, uint32_t row) const {
+    return task.work.position + (task.first_row + row) / args.group;
+  }
+
+  __device__ __forceinline__ Task& shared_task(int consumer) const {
+    return reinterpret_cast<Task*>(shared_pointer + S::TASKS_AT)[consumer];
   }
 
   // ---- loading
 
-  __device__ __forceinline__ void load_keys_and_values() {
+  __device__ __forceinline__ void load_keys_and_values() const {
     Ring<STAGES> ring;
     uint32_t round = 0;
-    while (take(round)) {
-      for (uint32_t tile = first_tile; tile < end_tile; tile++) {
-        const int row = cache_row(tile);
+    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+      for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
+        const int row = cache_row(task, tile);
         load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row);
         const int to_values = args.shape.kv_heads * args.shape.block_size;
         load_tile(values(ring.stage), values_full(ring.stage), values_empty(ring.stage), ring.parity,
@@ -181,16 +190,13 @@ struct Attention {
 
   static constexpr int OUTSIDE = -256;  // TMA reads zeros there
 
-  // A lane loads one box: PARTS neighbouring lanes have the parts of the same positions.
-  __device__ __forceinline__ uint32_t box() const { return threadIdx.x % 32 / S::PARTS; }
-  __device__ __forceinline__ uint32_t part() const { return threadIdx.x % 32 % S::PARTS; }
-
-  // The row of the cache where this lane's box of keys begins.
-  __device__ __forceinline__ int cache_row(uint32_t tile) const {
-    const uint32_t position = tile * N + box() * box_rows, block_size = args.shape.block_size;
-    if (box() * box_rows >= N || position >= end) return OUTSIDE;
-    const uint32_t block = args.tables[sequence.table + position / block_size];
-    return (((args.layer * args.shape.blocks + block) * 2) * args.shape.kv_heads + kv_head) * block_size +
+  // The row of the cache where this lane's box of keys begins: each lane loads one.
+  __device__ __forceinline__ int cache_row(const Task& task, uint32_t tile) const {
+    const uint32_t row = threadIdx.x % 32 * box_rows, position = tile * N + row;
+    const uint32_t block_size = args.shape.block_size;
+    if (row >= N || position >= task.end) return OUTSIDE;
+    const uint32_t block = args.tables[task.work.table + position / block_size];
+    return (((args.layer * args.shape.blocks + block) * 2) * args.shape.kv_heads + task.kv_head) * block_size +
            position % block_size;
   }
 
@@ -199,46 +205,86 @@ struct Attention {
     barrier_wait(empty, parity ^ 1);
     if (threadIdx.x % 32 == 0) barrier_arrive_expect(full, S::KV_TILE);
     __syncwarp();
-    if (box() * box_rows < N) {
-      tma_load(to + part() * S::KV_PART + box() * box_rows * SWIZZLE_ROW, cache, part() * 64, row, full,
-               S::DECODE ? l2_evict_first() : l2_evict_normal());
+    const uint32_t box = threadIdx.x % 32 * box_rows / 8;
+    if (box < N / 8) {
+      tma_load_rows(to + box * S::GROUP, cache, row / 8, full, S::DECODE ? l2_evict_first() : l2_evict_normal());
     }
   }
 
-  // One warp per consumer. Rows without a token become zero.
-  __device__ __forceinline__ void load_queries(int consumer) {
-    constexpr int PIECES = HD / VEC;
+  // One warp per consumer, which it also tells what the work is.
+  __device__ __forceinline__ void load_queries(int consumer) const {
     Ring<1> ring;
     uint32_t round = 0;
-    while (take(round)) {
+    bool more = true;
+    while (more) {
+      const Task task = take(round);
+      more = task.end_tile != 0;
+      // A lane finds two rows for all, and has them brought to L2 while the work before is still running.
+      uint32_t rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        rows[i] = find_query(task, consumer * 64 + i * 32 + threadIdx.x % 32);
+        for (uint32_t element = 0; element < HD && rows[i] != NOWHERE; element += 64) {
+          prefetch_l2(args.q + rows[i] + element);
+        }
+      }
       barrier_wait(queries_empty(consumer), ring.parity ^ 1);
       ring.advance();
-      for (uint32_t i = threadIdx.x % 32; i < 64 * PIECES; i += 32) {
-        const uint32_t row = i / PIECES, piece = i % PIECES, r = first_row + consumer * 64 + row;
-        const uint32_t token = r / args.group, head = kv_head * args.group + r % args.group;
-        const bool valid = token < sequence.tokens;
-        const size_t from = size_t(sequence.token + token) * args.q_stride + head * HD + piece * VEC;
-        const uint32_t to = piece / 8 * S::Q_PART + row * SWIZZLE_ROW + (piece % 8 ^ row % 8) * 16;
-        copy_async(queries(consumer) + to, args.q + (valid ? from : 0), valid);
-      }
-      copy_async_commit();
-      copy_async_wait<0>();
+      if (threadIdx.x % 32 == 0) shared_task(consumer) = task;
+      if (more) copy_queries(rows, consumer);
       shared_to_async_fence();
       barrier_arrive(queries_full(consumer));
     }
   }
 
+  static constexpr uint32_t NOWHERE = 0xffffffffu;
+
+  // First element of a row's query.
+  __device__ __forceinline__ uint32_t find_query(const Task& task, uint32_t row) const {
+    const uint32_t r = task.first_row + row, token = r / args.group;
+    const uint32_t head = task.kv_head * args.group + r % args.group;
+    return token < task.work.tokens ? (task.work.token + token) * args.q_stride + head * HD : NOWHERE;
+  }
+
+  // Rows without a token become zero.
+  __device__ __forceinline__ void copy_queries(const uint32_t (&rows)[2], int consumer) const {
+    constexpr uint32_t PIECES = HD / VEC;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll 8
+      for (uint32_t i = threadIdx.x % 32; i < 32 * PIECES; i += 32) {
+        const uint32_t row = half * 32 + i / PIECES, piece = i % PIECES;
+        const uint32_t from = __shfl_sync(0xffffffffu, rows[half], i / PIECES);
+        const uint32_t to = piece / 8 * S::Q_PART + row * SWIZZLE_ROW + (piece % 8 ^ row % 8) * 16;
+        copy_async(queries(consumer) + to, args.q + (from == NOWHERE ? 0 : from + piece * VEC), from != NOWHERE);
+      }
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+
   // ---- multiplying
 
-  // S::N / 2 scores, HD / 2 outputs of this thread: of two rows, 8 apart.
+  // What a thread has of two rows, 8 apart.
   struct Rows {
     float scores[N / 2];
     uint32_t weights[N / 4];  // the scores' weights, as the A operand
     float out[HD / 2];
+    uint32_t position[2];
+    // Tiles of which all rows of the warpgroup see every position.
+    uint32_t whole_from, whole_to;
   };
 
   static __device__ __forceinline__ uint32_t thread_row() {
     return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  __device__ __forceinline__ void find_rows(Rows& rows, const Task& task, int consumer) const {
+    const uint32_t top = consumer * 64;
+    rows.position[0] = position(task, top + thread_row());
+    rows.position[1] = position(task, top + thread_row() + 8);
+    rows.whole_from = divide_up(first_seen(args, position(task, top + 63)), N);
+    rows.whole_to = (position(task, top) + 1) / N;
   }
 
   __device__ __forceinline__ void multiply_keys(Rows& rows, int consumer, int stage) const {
@@ -246,7 +292,7 @@ struct Attention {
 #pragma unroll
     for (int k = 0; k < HD / WGMMA_K; k++) {
       const uint64_t q = wgmma_tile(queries(consumer) + k / 4 * S::Q_PART) + k % 4 * WGMMA_NEXT_K;
-      const uint64_t key = wgmma_tile(keys(stage) + k / 4 * S::KV_PART) + k % 4 * WGMMA_NEXT_K;
+      const uint64_t key = keys_tile(keys(stage) + k / 4 * S::GROUP_PART, S::GROUP) + k % 4 * WGMMA_NEXT_K;
       Wgmma<N>::run(rows.scores, q, key, k != 0);
     }
     wgmma_commit();
@@ -254,37 +300,20 @@ struct Attention {
 
   __device__ __forceinline__ void multiply_values(Rows& rows, int stage, bool accumulate) const {
     wgmma_fence();
-    const uint64_t value = values_tile(values(stage), S::KV_PART);
+    const uint64_t value = values_tile(values(stage), S::GROUP_PART, S::GROUP);
 #pragma unroll
     for (int k = 0; k < N / WGMMA_K; k++) {
-      WgmmaValues<HD>::run(rows.out, rows.weights + 4 * k, value + k * VALUES_NEXT_K, accumulate || k != 0);
+      WgmmaValues<HD>::run(rows.out, rows.weights + 4 * k, value + k * (2 * S::GROUP / 16), accumulate || k != 0);
     }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void weigh(Rows& rows, Weights& weights, int consumer, uint32_t tile,
-                                        float (&change)[2]) const {
+  __device__ __forceinline__ void weigh(Rows& rows, Weights& weights, uint32_t tile, float (&change)[2]) const {
     if (args.cap_out != 0.f) cap_scores(rows.scores, args);
-    const uint32_t start = tile * N, top = consumer * 64;
-    const bool partly = start + N > position(top) + 1 || start < first_seen(args, position(top + 63));
-    if (partly) mask(rows.scores, start, top + thread_row());
-    weights.add(rows.scores, args.scale, change);
-  }
-
-  __device__ __forceinline__ void mask(float (&scores)[N / 2], uint32_t start, uint32_t row) const {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t own = position(row + half * 8), from = first_seen(args, own);
-      const uint32_t column = start + threadIdx.x % 4 * 2;
-#pragma unroll
-      for (int i = 2 * half; i < N / 2; i += 4) {
-#pragma unroll
-        for (int j = i; j < i + 2; j++) {
-          const uint32_t p = column + j / 4 * 8 + j % 2;
-          if (p > own || p < from) scores[j] = -infinity();
-        }
-      }
+    if (tile < rows.whole_from || tile >= rows.whole_to) {
+      hide_unseen(rows.scores, args, tile * N, rows.position, threadIdx.x % 4 * 2);
     }
+    weights.add(rows.scores, args.scale, change);
   }
 
   static __device__ __forceinline__ void pack_weights(Rows& rows) {
@@ -297,91 +326,95 @@ struct Attention {
   }
 
   // Values behind the end are another sequence's: even a weight of 0 would not silence a NaN. Whole boxes
-  // there are zero already. Each consumer clears the rest for itself.
-  __device__ __forceinline__ void clear_values(int consumer, int stage, uint32_t tile) const {
-    const uint32_t rows = end - tile * N;
+  // there are zero already; all consumers together clear the rest of the last one.
+  __device__ __forceinline__ void clear_values(const Task& task, int stage) const {
+    const uint32_t rows = task.end - (task.end_tile - 1) * N;
     if (rows >= N || rows % box_rows == 0) return;
     const uint32_t count = (box_rows - rows % box_rows) * S::PARTS * 8;
-    for (uint32_t i = threadIdx.x % 128; i < count; i += 128) {
+    for (uint32_t i = threadIdx.x - 128; i < count; i += 128 * S::CONSUMERS) {
       const uint32_t row = rows + i / (S::PARTS * 8), piece = i % (S::PARTS * 8);
-      uint8_t* const to = shared_pointer + S::VALUES_AT + stage * S::KV_TILE + piece / 8 * S::KV_PART +
-                          row * SWIZZLE_ROW + piece % 8 * 16;
+      uint8_t* const to = shared_pointer + S::VALUES_AT + stage * S::KV_TILE + row / 8 * S::GROUP +
+                          piece / 8 * S::GROUP_PART + row % 8 * SWIZZLE_ROW + piece % 8 * 16;
       *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
     shared_to_async_fence();
-    warpgroup_barrier(consumer);
+    asm volatile("bar.sync 5, %0;" ::"n"(128 * S::CONSUMERS) : "memory");
   }
 
-  __device__ __forceinline__ void consume(int consumer) {
+  __device__ __forceinline__ void consume(int consumer) const {
     Ring<STAGES> ring;
     Ring<1> query_ring;
-    uint32_t round = 0;
     if (S::CONSUMERS == 2 && consumer == 1) give_turn_to(0);
-    while (take(round)) {
-      Rows rows;
-      Weights weights;
-      float2 total[2];
-      float change[2];
-      bool merging = false;  // earlier splits are in `total`
-      int before;            // stage of the tile before, whose values are to be multiplied
-
+    while (true) {
       barrier_wait(queries_full(consumer), query_ring.parity);
       query_ring.advance();
+      const Task task = shared_task(consumer);
+      if (task.end_tile == 0) return;
+      attend(task, consumer, ring);
+    }
+  }
+
+  // Scores of a tile are computed while the values of the tile before are still being multiplied.
+  __device__ __forceinline__ void attend(const Task& task, int consumer, Ring<STAGES>& ring) const {
+    Rows rows;
+    Weights weights;
+    float2 total[2];
+    float change[2];
+    bool merging = false;  // earlier splits are in `total`
+    bool first = true;     // of the split's tiles, for `out`
+
+    find_rows(rows, task, consumer);
+    barrier_wait(keys_full(ring.stage), ring.parity);
+    multiply_keys(rows, consumer, ring.stage);
+    wgmma_wait<0>();
+    wgmma_keep(rows.scores);
+    release(keys_empty(ring.stage));
+    if (task.first_tile + 1 == task.end_tile) barrier_arrive(queries_empty(consumer));
+    weigh(rows, weights, task.first_tile, change);
+    pack_weights(rows);
+    Ring<STAGES> before = ring;
+    ring.advance();
+
+    for (uint32_t tile = task.first_tile + 1; tile < task.end_tile; tile++) {
       barrier_wait(keys_full(ring.stage), ring.parity);
+      if (S::CONSUMERS == 2) wait_for_turn(consumer);
       multiply_keys(rows, consumer, ring.stage);
-      wgmma_wait<0>();
+      barrier_wait(values_full(before.stage), before.parity);
+      multiply_values(rows, before.stage, !first);
+      if (S::CONSUMERS == 2) give_turn_to(1 - consumer);
+      wgmma_wait<1>();
       wgmma_keep(rows.scores);
       release(keys_empty(ring.stage));
-      weigh(rows, weights, consumer, first_tile, change);
-      pack_weights(rows);
-      bool fresh = true;  // the split has no output yet
-      Ring<STAGES> value_ring = ring;
-      ring.advance();
-
-      for (uint32_t tile = first_tile + 1; tile < end_tile; tile++) {
-        barrier_wait(keys_full(ring.stage), ring.parity);
-        if (S::CONSUMERS == 2) wait_for_turn(consumer);
-        multiply_keys(rows, consumer, ring.stage);
-        before = value_ring.stage;
-        barrier_wait(values_full(before), value_ring.parity);
-        multiply_values(rows, before, !fresh);
-        fresh = false;
-        if (S::CONSUMERS == 2) give_turn_to(1 - consumer);
-        wgmma_wait<1>();
-        wgmma_keep(rows.scores);
-        release(keys_empty(ring.stage));
-        if (!S::DECODE && tile % S::TILES_PER_SPLIT == 0) {
-          wgmma_wait<0>();
-          wgmma_keep(rows.out);
-          add_split(rows, weights, total, consumer, merging);
-          merging = fresh = true;
-          weights = Weights();
-          weigh(rows, weights, consumer, tile, change);
-        } else {
-          weigh(rows, weights, consumer, tile, change);
-          wgmma_wait<0>();
-          wgmma_keep(rows.out);
-#pragma unroll
-          for (int i = 0; i < HD / 2; i++) rows.out[i] *= change[i / 2 % 2];
-        }
-        release(values_empty(before));
-        pack_weights(rows);
-        value_ring = ring;
-        ring.advance();
-      }
-      release(queries_empty(consumer));
-      before = value_ring.stage;
-      barrier_wait(values_full(before), value_ring.parity);
-      clear_values(consumer, before, end_tile - 1);
-      multiply_values(rows, before, !fresh);
+      if (tile + 1 == task.end_tile) barrier_arrive(queries_empty(consumer));
+      const bool anew = !S::DECODE && tile % S::TILES_PER_SPLIT == 0;
+      const Weights so_far = weights;
+      if (anew) weights = Weights();
+      weigh(rows, weights, tile, change);
       wgmma_wait<0>();
       wgmma_keep(rows.out);
-      release(values_empty(before));
-      if (S::DECODE) {
-        hand_on(rows, weights, consumer);
+      release(values_empty(before.stage));
+      if (anew) {
+        add_split(rows, so_far, total, consumer, merging);
+        merging = true;
       } else {
-        finish(rows, weights, total, consumer, merging);
+#pragma unroll
+        for (int i = 0; i < HD / 2; i++) rows.out[i] *= change[i / 2 % 2];
       }
+      first = anew;
+      pack_weights(rows);
+      before = ring;
+      ring.advance();
+    }
+    barrier_wait(values_full(before.stage), before.parity);
+    clear_values(task, before.stage);
+    multiply_values(rows, before.stage, !first);
+    wgmma_wait<0>();
+    wgmma_keep(rows.out);
+    release(values_empty(before.stage));
+    if (S::DECODE) {
+      hand_on(task, rows, weights, consumer);
+    } else {
+      finish(task, rows, weights, total, consumer, merging);
     }
   }
 
@@ -423,7 +456,7 @@ struct Attention {
     }
   }
 
-  __device__ __forceinline__ void finish(Rows& rows, const Weights& weights, float2 (&total)[2], int consumer,
+  __device__ __forceinline__ void finish(const Task& task, Rows& rows, const Weights& weights, float2 (&total)[2], int consumer,
                                          bool merging) const {
     float before[2], after[2];
     merge_sums(weights, total, merging, before, after);
@@ -438,18 +471,55 @@ struct Attention {
         rows.out[4 * i + 3] = merged(t.w, rows.out[4 * i + 3], before[1], after[1]);
       }
     }
-    store(rows, total, consumer);
+    store_rows(task, rows, total, consumer);
   }
 
-  __device__ __forceinline__ void store(const Rows& rows, const float2 (&total)[2], int consumer) const {
+  // Writes a warp's 16 rows by way of the part of shared memory that held its threads' totals: 512 bytes in
+  // every 2048. There rows lie one after another, their pieces permuted against bank conflicts.
+  __device__ __forceinline__ void store_rows(const Task& task, const Rows& rows, const float2 (&total)[2],
+                                             int consumer) const {
+    constexpr uint32_t PIECES = HD / VEC, PER_CHUNK = 512 / (2 * HD);
+    const uint32_t warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    uint8_t* const chunks = shared_pointer + S::TOTALS_AT + consumer * 64 * HD * 4 + warp * 512;
+    const auto place = [&](uint32_t row, uint32_t piece) {
+      return chunks + row / PER_CHUNK * 2048 + row % PER_CHUNK * (2 * HD) + (piece ^ (row & (HD % 64 ? 3 : 7))) * 16;
+    };
+    __syncwarp();  // totals have been read
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float inverse = 1.f / total[half].y;
+#pragma unroll
+      for (int j = 0; j < HD / 8; j++) {
+        *reinterpret_cast<uint32_t*>(place(lane / 4 + half * 8, j) + lane % 4 * 4) =
+            pack_bf16(rows.out[4 * j + 2 * half] * inverse, rows.out[4 * j + 2 * half + 1] * inverse);
+      }
+    }
+    __syncwarp();
+    // A lane finds the place of one row for all.
+    const uint32_t r = task.first_row + consumer * 64 + warp * 16 + lane % 16, token = r / args.group;
+    const uint32_t head = task.kv_head * args.group + r % args.group;
+    const uint32_t heads = args.shape.kv_heads * args.group;
+    const uint32_t mine =
+        token < task.work.tokens ? ((task.work.token + token) * heads + head) * HD : NOWHERE;
+#pragma unroll
+    for (uint32_t i = lane; i < 16 * PIECES; i += 32) {
+      const uint32_t row = i / PIECES, piece = i % PIECES, to = __shfl_sync(0xffffffffu, mine, row);
+      if (to != NOWHERE) {
+        *reinterpret_cast<uint4*>(args.out + to + piece * VEC) = *reinterpret_cast<const uint4*>(place(row, piece));
+      }
+    }
+    __syncwarp();  // before the next work's totals
+  }
+
+  __device__ __forceinline__ void store(const Task& task, const Rows& rows, const float2 (&total)[2], int consumer) const {
     const uint32_t heads = args.shape.kv_heads * args.group;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t row = first_row + consumer * 64 + thread_row() + half * 8, token = row / args.group;
-      if (token >= sequence.tokens) continue;
+      const uint32_t row = task.first_row + consumer * 64 + thread_row() + half * 8, token = row / args.group;
+      if (token >= task.work.tokens) continue;
       const float inverse = 1.f / total[half].y;
       bf16* to = args.out +
-                 (size_t(sequence.token + token) * heads + kv_head * args.group + row % args.group) * HD +
+                 (size_t(task.work.token + token) * heads + task.kv_head * args.group + row % args.group) * HD +
                  threadIdx.x % 4 * 2;
 #pragma unroll
       for (int j = 0; j < HD / 8; j++) {
@@ -460,14 +530,14 @@ struct Attention {
   }
 
   // The end of a decode split: its outcome is the output if there is no other; else the last one merges.
-  __device__ __forceinline__ void hand_on(const Rows& rows, const Weights& weights, int consumer) const {
+  __device__ __forceinline__ void hand_on(const Task& task, const Rows& rows, const Weights& weights, int consumer) const {
     float2 total[2] = {weights.row(0, args.scale), weights.row(1, args.scale)};
-    const uint32_t first_part = first_seen(args, sequence.position) / SPLIT;
-    const uint32_t parts = divide_up(end, SPLIT) - first_part;
-    if (parts == 1) return store(rows, total, consumer);
+    const uint32_t first_part = first_seen(args, task.work.position) / SPLIT;
+    const uint32_t parts = divide_up(task.end, SPLIT) - first_part;
+    if (parts == 1) return store(task, rows, total, consumer);
     const uint32_t kv_heads = args.shape.kv_heads;
-    const size_t slot = size_t(at) * kv_heads + kv_head;
-    const size_t first_slot = slot - size_t(work.part - first_part) * kv_heads;
+    const size_t slot = size_t(task.at) * kv_heads + task.kv_head;
+    const size_t first_slot = slot - size_t(task.work.part - first_part) * kv_heads;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const uint32_t row = thread_row() + half * 8;
@@ -487,7 +557,7 @@ struct Attention {
     warpgroup_barrier(consumer);
     if (!last) return;
     __threadfence();
-    bf16* to = args.out + (size_t(sequence.token) * kv_heads + kv_head) * args.group * HD;
+    bf16* to = args.out + (size_t(task.work.token) * kv_heads + task.kv_head) * args.group * HD;
     merge_parts<HD>(args, first_slot, kv_heads, parts, 0, args.group, to, threadIdx.x % 128, 128);
     if (threadIdx.x % 128 == 0) args.counters[first_slot] = 0;
   }

@@ -10,25 +10,20 @@
 #include "kv.cuh"
 #include "types.cuh"
 
-// What a step computes of one sequence.
-struct Sequence {
-  uint32_t token;     // its first token in the step
-  uint32_t tokens;    // how many
-  uint32_t position;  // of the first
-  uint32_t table;     // where its block table begins in `tables`
-};
-
-// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
+// A unit of work, for each key/value head: a tile of a sequence's query rows, or a split of the positions
+// that its one query sees.
 struct Work {
-  uint32_t sequence;
-  uint32_t part;
+  uint32_t token;     // the sequence's first token in the step
+  uint32_t tokens;    // how many of the step's tokens are the sequence's
+  uint32_t position;  // of the first
+  uint32_t table;     // where the sequence's block table begins in `tables`
+  uint32_t part;      // which tile, or which split
 };
 
 struct AttentionArgs {
   const bf16* q;  // queries of token 0; a head's elements lie together, a token's heads one after another
   bf16* out;      // [tokens, heads * head_dim]
   const bf16* cache;
-  const Sequence* sequences;
   const uint32_t* tables;  // block ids
   const Work* work;
   const uint32_t* works;  // how much of it there is: on the device, so that a captured graph can vary it
@@ -40,7 +35,7 @@ struct AttentionArgs {
   uint32_t layer;
   uint32_t q_stride;  // elements from token to token in q
   uint32_t group;     // query heads per key/value head
-  uint32_t window;    // a query sees that many positions up to its own
+  uint32_t window;    // a query sees that many positions up to its own; less than 2^31
   float scale;        // of scores, times log2(e)
   float cap_in, cap_out;  // score = cap_out * tanh(cap_in * score) first, if cap_out is not 0
 };
@@ -51,6 +46,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 __device__ __forceinline__ uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
@@ -66,6 +65,19 @@ __device__ __forceinline__ bool next_work(uint32_t round, uint32_t count, uint32
   const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
   index = round * gridDim.x + place;
   return index < count;
+}
+
+// Hides the scores of positions that a row doesn't see. Element 4 j + 2 h + i is the row at position own[h]
+// and position start + 8 j + column + i.
+template <int COUNT>
+__device__ __forceinline__ void hide_unseen(float (&scores)[COUNT], const AttentionArgs& args, uint32_t start,
+                                            const uint32_t (&own)[2], uint32_t column) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    // How far back it lies; of later positions, huge.
+    const uint32_t back = own[i / 2 % 2] - start - column - (i / 4 * 8 + i % 2);
+    if (back >= args.window) scores[i] = -infinity();
+  }
 }
 
 template <int COUNT>
@@ -99,7 +111,8 @@ struct Weights {
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       // A row that sees nothing of all this has only scores of -inf: any other reference will do.
       const float reference = top == -infinity() ? 0.f : __fmul_rn(top, scale);
-      change[row] = exp2_fast(__fmaf_rn(max[row], scale, -reference));
+      // Not fused: where the maximum stays, the factor must be 1 to the last bit.
+      change[row] = exp2_fast(__fadd_rn(__fmul_rn(max[row], scale), -reference));
       max[row] = top;
       float total = __fmul_rn(sum[row], change[row]);
 #pragma unroll

@@ -1,21 +1,40 @@
-// Warpgroup matrix multiply-accumulate (sm_90a) of attention weights, in registers, with values.
+// Warpgroup matrix multiply-accumulate (sm_90a) of attention: keys and values in shared memory in tiles of
+// 8 rows of 128 bytes with the 128-byte swizzle, weights in registers.
 //
-// A (64 x 16) lies in registers as accumulators leave it: of an accumulator d[] of wgmma.cuh, columns
-// 16 k .. 16 k + 15 are d[8 k .. 8 k + 7], packed two by two.
-// B (16 x N): row p holds a position's values, N of them in parts of 64: a part is a tile of
-// 128-byte rows with the 128-byte swizzle, as TMA writes it.
+// The weights are the A operand (64 x 16), which lies in registers as accumulators leave it: of an
+// accumulator d[] of wgmma.cuh, columns 16 k .. 16 k + 15 are d[8 k .. 8 k + 7], packed two by two.
+// Values are the B operand (16 x N) with N, not k, contiguous.
 #pragma once
 
+#include "tma.cuh"
 #include "wgmma.cuh"
 
-// Describes the values of a tile that starts at `address` and whose parts are `part_bytes` apart. Adding
-// VALUES_NEXT_K moves on by 16 positions.
-__device__ __forceinline__ uint64_t values_tile(uint32_t address, uint32_t part_bytes) {
-  constexpr uint64_t ROW_GROUP = 8 * SWIZZLE_ROW / 16, SWIZZLE_128B = 1;
-  return ((address & 0x3ffff) >> 4) | (uint64_t(part_bytes >> 4) << 16) | (ROW_GROUP << 32) | (SWIZZLE_128B << 62);
+// Copies a box of rows of heads, from row group `group` on: see the tensor map in attention_sm90a.cu.
+__device__ __forceinline__ void tma_load_rows(uint32_t to, const TensorMap& map, int group, uint32_t barrier,
+                                              uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %3, %3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(0), "r"(group), "l"(policy)
+      : "memory");
 }
 
-constexpr uint64_t VALUES_NEXT_K = WGMMA_K * SWIZZLE_ROW / 16;
+__device__ __forceinline__ uint64_t swizzled_tile(uint32_t address, uint32_t leading, uint32_t stride) {
+  constexpr uint64_t SWIZZLE_128B = 1;
+  return ((address & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) | (uint64_t(stride >> 4) << 32) |
+         (SWIZZLE_128B << 62);
+}
+
+// Describes 64 elements of keys whose groups of 8 rows are `group` bytes apart. Adding WGMMA_NEXT_K moves on
+// by 16 elements.
+__device__ __forceinline__ uint64_t keys_tile(uint32_t address, uint32_t group) {
+  return swizzled_tile(address, 16, group);
+}
+
+// Describes values: parts of 64 elements are `part` bytes apart, groups of 8 rows `group` bytes.
+__device__ __forceinline__ uint64_t values_tile(uint32_t address, uint32_t part, uint32_t group) {
+  return swizzled_tile(address, part, group);
+}
 
 // d = a b + (accumulate ? d : 0)
 template <int N>

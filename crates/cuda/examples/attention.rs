@@ -1,8 +1,10 @@
 //! Tests the attention kernels on this machine's GPU against float64 on the CPU, and times them.
 //!
-//! `attention [test] [time] [portable|hopper]`: without arguments, everything that the GPU can run.
+//! `attention [test] [time] [portable|hopper] [short] [block=N]`: without arguments, everything that the
+//! GPU can run. `short` leaves long sequences out (for compute-sanitizer); `block` is the block size of the
+//! timings.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::too_many_arguments)]
 
 use std::time::Duration;
 
@@ -33,12 +35,18 @@ fn main() -> Result<()> {
     } else if wants("hopper") {
         paths = vec![Path::Hopper];
     }
+    let longest: &[u32] = match wants("short") {
+        true => &[40, 200],
+        false => &[40, 200, 700, 1500, 3300],
+    };
+    let block = arguments.iter().find_map(|a| a.strip_prefix("block="));
+    let block_size = block.map_or(Ok(16), str::parse)?;
     for path in paths {
         if wants("test") || !wants("time") {
-            test(&device, path)?;
+            test(&device, path, longest)?;
         }
         if wants("time") || !wants("test") {
-            time(&device, path)?;
+            time(&device, path, block_size)?;
         }
     }
     Ok(())
@@ -317,7 +325,7 @@ impl<'a> Bench<'a> {
         let host = case.cache();
         let cache = arena.take::<bf16>(host.len())?;
         let attention = Attention::load(device, path, case.model, cache)?;
-        let scratch = attention.take_scratch(&mut arena, 256)?;
+        let scratch = attention.take_scratch(&mut arena, 1024)?;
         // SAFETY: everything is alive until `synchronize`.
         unsafe {
             stream.fill(arena.whole(), 0)?;
@@ -374,7 +382,6 @@ impl<'a> Bench<'a> {
             Kind::Decode => self.attention.decode_work(&sequences, window, &mut work),
         }
         let step = AttentionStep {
-            sequences: self.upload(&sequences)?,
             tables: self.upload(&tables)?,
             work: self.upload(&work)?,
             works: self.upload(&[work.len() as u32])?,
@@ -446,11 +453,11 @@ struct Verdict {
     equal: usize,
 }
 
-fn test(device: &Device, path: Path) -> Result<()> {
+fn test(device: &Device, path: Path, longest: &[u32]) -> Result<()> {
     let mut failures = 0;
     for head_dim in [64, 96, 128, 256] {
         let mut verdict = Verdict::default();
-        for (round, longest) in [40, 200, 700, 1500, 3300].into_iter().enumerate() {
+        for (round, &longest) in longest.iter().enumerate() {
             for i in 0..3 {
                 let seed = 1000 * u64::from(head_dim) + 10 * round as u64 + i;
                 let case = Case::new(seed, head_dim, longest);
@@ -624,7 +631,7 @@ impl From<spate_cuda::CudaError> for GraphError {
 const BANDWIDTH: f64 = 3.08e12;
 const RATE: f64 = 800e12;
 
-fn time(device: &Device, path: Path) -> Result<()> {
+fn time(device: &Device, path: Path, block_size: u32) -> Result<()> {
     let llama = (32, 8, 128);
     for (heads, sequences, past, tokens) in [
         (llama, 1, 0, 8192),
@@ -637,7 +644,16 @@ fn time(device: &Device, path: Path) -> Result<()> {
         ((16, 4, 256), 1, 0, 8192),
         ((32, 32, 128), 1, 0, 8192),
     ] {
-        time_one(device, path, Kind::Prefill, heads, sequences, past, tokens)?;
+        time_one(
+            device,
+            path,
+            Kind::Prefill,
+            heads,
+            sequences,
+            past,
+            tokens,
+            block_size,
+        )?;
     }
     for (heads, sequences, past) in [
         (llama, 1, 127),
@@ -654,7 +670,16 @@ fn time(device: &Device, path: Path) -> Result<()> {
         ((32, 32, 128), 16, 8191),
         ((64, 8, 128), 16, 8191),
     ] {
-        time_one(device, path, Kind::Decode, heads, sequences, past, 1)?;
+        time_one(
+            device,
+            path,
+            Kind::Decode,
+            heads,
+            sequences,
+            past,
+            1,
+            block_size,
+        )?;
     }
     Ok(())
 }
@@ -667,13 +692,13 @@ fn time_one(
     count: u32,
     past: u32,
     tokens: u32,
+    block_size: u32,
 ) -> Result<()> {
-    const BLOCK_SIZE: u32 = 16;
-    let per_sequence = (past + tokens).div_ceil(BLOCK_SIZE);
+    let per_sequence = (past + tokens).div_ceil(block_size);
     let shape = KvShape {
         blocks: per_sequence * count,
         kv_heads,
-        block_size: BLOCK_SIZE,
+        block_size,
         head_dim,
     };
     let model = AttentionModel {
@@ -722,7 +747,6 @@ fn time_one(
         Kind::Decode => Some(attention.take_scratch(&mut arena, work.len())?),
     };
     let step = AttentionStep {
-        sequences: arena.take(sequences.len())?,
         tables: arena.take(tables.len())?,
         work: arena.take(work.len())?,
         works: arena.take(1)?,
@@ -730,13 +754,12 @@ fn time_one(
     };
     // SAFETY: all is alive until `synchronize`.
     unsafe {
-        stream.upload(&sequences, step.sequences)?;
         stream.upload(&tables, step.tables)?;
         stream.upload(&work, step.work)?;
         stream.upload(&[work.len() as u32], step.works)?;
     }
     stream.synchronize()?;
-    let launches = if kind == Kind::Prefill { 4 } else { 64 };
+    let launches = if all_tokens > 5000 { 4 } else { 32 };
     let took = median(&stream, launches, |i| {
         // SAFETY: the step describes what is allocated.
         unsafe {

@@ -16,7 +16,7 @@ use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Priority, Stream};
 use crate::kernels::{
-    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_VOCAB, Path, Rope, Sequence, Want, Work,
+    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_VOCAB, Path, Rope, Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -342,7 +342,6 @@ impl Plan {
             4 * tokens,
             size_of::<Want>() * tokens,
             8 * slots,
-            2 * 2 * size_of::<Sequence>() * slots,
             work,
             8 * slots * max_blocks,
             8 * kv.blocks as usize,

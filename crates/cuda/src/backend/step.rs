@@ -159,9 +159,8 @@ impl HostStep {
         d: &Describe<'_>,
         window: Option<u32>,
     ) -> Result<AttentionLists, CudaError> {
-        let mut pack = |sequences: &[Sequence], work: &[Work]| {
+        let mut pack = |work: &[Work]| {
             Ok::<_, CudaError>(AttentionStep {
-                sequences: packer.put(sequences)?,
                 tables: d.tables,
                 work: packer.put(work)?,
                 works: packer.put(&[work.len() as u32])?,
@@ -173,7 +172,7 @@ impl HostStep {
             true => None,
             false => {
                 d.attention.prefill_work(&self.prompts, window, &mut work);
-                Some(pack(&self.prompts, &work)?)
+                Some(pack(&work)?)
             }
         };
         let mut decodes = Vec::new();
@@ -188,7 +187,7 @@ impl HostStep {
                 }
                 count = count.div_ceil(2);
             }
-            decodes.push(pack(&rest[..count], &work)?);
+            decodes.push(pack(&work)?);
             rest = &rest[count..];
         }
         Ok(AttentionLists { prompts, decodes })

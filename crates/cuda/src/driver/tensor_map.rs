@@ -7,8 +7,8 @@ use super::{Plain, Slice};
 use crate::CudaError;
 use crate::error::Check;
 
-/// How the tensor memory accelerator of compute capability 9.0 sees a row-major bfloat16 matrix: a
-/// copy moves one box of it to or from shared memory.
+/// How the tensor memory accelerator of compute capability 9.0 sees bfloat16 numbers in memory: a copy
+/// moves one box of them to or from shared memory.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub struct TensorMap([u8; 128]);
@@ -40,19 +40,52 @@ impl TensorMap {
             64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             _ => panic!("a box is 32 or 64 elements wide, not {box_cols}"),
         };
-        let mut map = Self::UNUSED;
-        let sizes = [cols as u64, rows as u64];
-        let (stride, box_sizes, element_strides) = (2 * cols as u64, [box_cols, box_rows], [1, 1]);
-        // SAFETY: the map has the size and alignment of a CUtensorMap; the arrays are as long as the
-        // rank of 2 says (strides: one less).
+        let (sizes, pitch) = ([cols as u64, rows as u64], [2 * cols as u64]);
+        Self::encode(matrix, sizes, &pitch, [box_cols, box_rows], swizzle)
+    }
+
+    /// The rows of attention heads, `[rows, columns]`, in boxes of whole rows, which go to shared memory as
+    /// parts of 64 elements: of 8 rows first the first part, then the second and so on, then the next 8
+    /// rows. Each part of a row has 128 bytes and is swizzled over as many.
+    ///
+    /// What a box has behind the last row is read as zero. Where `columns` is no multiple of 64, the last
+    /// part ends with elements of the next row, or with what lies up to 64 bytes behind the last one.
+    ///
+    /// # Errors
+    /// When the driver finds the sizes impossible: `columns` is to be a multiple of 8, `box_rows` one of
+    /// 8 and at most 256.
+    pub fn heads(data: Slice<bf16>, columns: u32, box_rows: u32) -> Result<Self, CudaError> {
+        let (parts, pitch) = (columns.div_ceil(64), 2 * u64::from(columns));
+        let groups = data.len() / (8 * columns as usize);
+        Self::encode(
+            data,
+            [64, 8, u64::from(parts), groups as u64],
+            &[pitch, 128, 8 * pitch],
+            [64, 8, parts, box_rows / 8],
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        )
+    }
+
+    /// Sizes from the innermost dimension outwards; `pitches` are in bytes, of all but the innermost.
+    fn encode<const RANK: usize>(
+        data: Slice<bf16>,
+        sizes: [u64; RANK],
+        pitches: &[u64],
+        box_sizes: [u32; RANK],
+        swizzle: sys::CUtensorMapSwizzle,
+    ) -> Result<Self, CudaError> {
+        assert_eq!(pitches.len() + 1, RANK);
+        let (mut map, element_strides) = (Self::UNUSED, [1; RANK]);
+        // SAFETY: the map has the size and alignment of a CUtensorMap; the arrays are as long as the rank
+        // says (pitches: one less).
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
-                matrix.address() as *mut c_void,
+                RANK as u32,
+                data.address() as *mut c_void,
                 sizes.as_ptr(),
-                &raw const stride,
+                pitches.as_ptr(),
                 box_sizes.as_ptr(),
                 element_strides.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -61,7 +94,7 @@ impl TensorMap {
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         }
-        .check("describing a matrix to the GPU")?;
+        .check("describing memory for block copies")?;
         Ok(map)
     }
 }

@@ -11,7 +11,6 @@ use crate::driver::{
 
 /// What a step computes of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
 pub struct Sequence {
     /// Its first token in the step.
     pub token: u32,
@@ -27,16 +26,33 @@ pub struct Sequence {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct Work {
-    /// Which sequence of the step.
-    pub sequence: u32,
-    /// Which tile, or which split.
-    pub part: u32,
+    token: u32,
+    tokens: u32,
+    position: u32,
+    table: u32,
+    part: u32,
 }
 
 // SAFETY: numbers, laid out as in attention.cuh.
-unsafe impl Plain for Sequence {}
-// SAFETY: as above.
 unsafe impl Plain for Work {}
+
+impl Sequence {
+    fn work(&self, part: u32) -> Work {
+        let Self {
+            token,
+            tokens,
+            position,
+            table,
+        } = *self;
+        Work {
+            token,
+            tokens,
+            position,
+            table,
+            part,
+        }
+    }
+}
 
 /// Which kernels to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,9 +89,7 @@ pub struct AttentionModel {
 /// What a step looks like, on the GPU.
 #[derive(Clone, Copy)]
 pub struct AttentionStep {
-    /// Its sequences.
-    pub sequences: Slice<Sequence>,
-    /// Their block ids.
+    /// Block ids of its sequences.
     pub tables: Slice<u32>,
     /// From [`Attention::prefill_work`] or [`Attention::decode_work`], for the same window.
     pub work: Slice<Work>,
@@ -117,7 +131,6 @@ struct Arguments {
     q: u64,
     out: u64,
     cache: u64,
-    sequences: u64,
     tables: u64,
     work: u64,
     works: u64,
@@ -178,7 +191,8 @@ impl HopperSizes {
             consumers * 64 * head_dim * 4
         };
         let barriers = (4 * HOPPER_STAGES + 2 * consumers) * 8;
-        queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers
+        let tasks = consumers * 44;
+        queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks
     }
 }
 
@@ -233,8 +247,7 @@ impl Attention {
                 prefill.allow_shared_bytes(sizes.shared_bytes(head_dim, false))?;
                 decode.allow_shared_bytes(sizes.shared_bytes(head_dim, true))?;
                 let box_rows = box_rows(block_size, sizes.tile);
-                let dim = head_dim as usize;
-                let map = TensorMap::new(cache, [cache.len() / dim, dim], [box_rows, 64])?;
+                let map = TensorMap::heads(cache, head_dim, box_rows)?;
                 hopper = Some(Hopper { map, box_rows });
             }
             Path::Portable => {
@@ -298,17 +311,13 @@ impl Attention {
     pub fn prefill_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
         let (rows, group) = (self.tile_rows(), self.group());
         work.clear();
-        for (sequence, s) in sequences.iter().enumerate() {
+        for s in sequences {
             let tiles = (s.tokens * group).div_ceil(rows);
-            work.extend((0..tiles).map(|part| Work {
-                sequence: sequence as u32,
-                part,
-            }));
+            work.extend((0..tiles).map(|part| s.work(part)));
         }
         let positions = |w: &Work| {
-            let s = &sequences[w.sequence as usize];
-            let end = ((w.part + 1) * rows).div_ceil(group).min(s.tokens);
-            (s.position + end).min(window.unwrap_or(u32::MAX))
+            let end = ((w.part + 1) * rows).div_ceil(group).min(w.tokens);
+            (w.position + end).min(window.unwrap_or(u32::MAX))
         };
         work.sort_by_key(|w| Reverse(positions(w)));
     }
@@ -316,13 +325,10 @@ impl Attention {
     /// Lists the work of sequences that compute one new token each: the splits of positions that it sees.
     pub fn decode_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
         work.clear();
-        for (sequence, s) in sequences.iter().enumerate() {
+        for s in sequences {
             let end = s.position + 1;
             let first = window.map_or(0, |window| end.saturating_sub(window)) / self.split();
-            work.extend((first..end.div_ceil(self.split())).map(|part| Work {
-                sequence: sequence as u32,
-                part,
-            }));
+            work.extend((first..end.div_ceil(self.split())).map(|part| s.work(part)));
         }
     }
 
@@ -370,7 +376,10 @@ impl Attention {
         let tokens = qkv.len() / q_stride as usize;
         assert!(out.len() >= tokens * (heads * shape.head_dim) as usize);
         assert!(step.works.len() == 1);
-        let window = step.window.unwrap_or(u32::MAX);
+        const UNLIMITED: u32 = i32::MAX as u32;
+        let window = step
+            .window
+            .map_or(UNLIMITED, |window| window.min(UNLIMITED));
         assert!(window > 0);
         let log2_e = std::f32::consts::LOG2_E;
         let (scale, cap_in, cap_out) = match self.model.softcap {
@@ -381,7 +390,6 @@ impl Attention {
             q: qkv.address(),
             out: out.address(),
             cache: self.cache.address(),
-            sequences: step.sequences.address(),
             tables: step.tables.address(),
             work: step.work.address(),
             works: step.works.address(),
