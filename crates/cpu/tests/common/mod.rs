@@ -98,11 +98,7 @@ pub fn real(model: &RealModel, mode: CpuMode) -> Option<Runner> {
 }
 
 /// The same, with the KV cache in another type.
-pub fn real_with_kv(
-    model: &RealModel,
-    mode: CpuMode,
-    kv_dtype: Option<KvDtype>,
-) -> Option<Runner> {
+pub fn real_with_kv(model: &RealModel, mode: CpuMode, kv_dtype: Option<KvDtype>) -> Option<Runner> {
     let gguf = Gguf::open(&model.path()?).unwrap();
     let mut config = config(mode);
     config.kv_dtype = kv_dtype;
