@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use spate_types::BlockId;
 
-use crate::kv::{GROUP, HeadPool, KvLine, KvShape, TILE, Tile};
+use crate::kv::{GROUP, HeadPool, KvLine, KvShape, TILE, Tile, rotate};
 use crate::linear::{Column, F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
@@ -100,8 +100,15 @@ impl<C: KvLine> Attention<'_, C> {
         };
         for n in 0..N {
             let query = &self.queries[self.offset(first + n)..][..dim];
-            for (q, x) in queries.q.iter_mut().zip(query) {
-                q[n] = x * self.scale;
+            let groups = queries.q.chunks_exact_mut(GROUP);
+            for (q, x) in groups.zip(query.as_chunks::<GROUP>().0) {
+                let mut x = *x;
+                if C::SCALED {
+                    rotate(&mut x); // as the keys are
+                }
+                for (q, x) in q.iter_mut().zip(x) {
+                    q[n] = x * self.scale;
+                }
             }
         }
         let position = |n: usize| self.position + (first + n) / self.group;

@@ -16,7 +16,7 @@ use crate::CpuError;
 use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16};
 pub use line::KvDtype;
 use line::int8_scale;
-pub(crate) use line::{GROUP, KvLine};
+pub(crate) use line::{GROUP, KvLine, rotate};
 use pages::ZeroPages;
 
 /// Positions in a tile: the lanes of a register.
@@ -176,8 +176,12 @@ impl<C: KvLine> HeadPool<C> {
     ) {
         let (tile, lane) = (shape.tile(blocks, position), position % TILE);
         let groups = key.len() / GROUP;
-        for (g, key) in key.chunks_exact(GROUP).enumerate() {
-            let inverse = self.keys.set_scale(tile * groups + g, lane, key);
+        for (g, key) in key.as_chunks::<GROUP>().0.iter().enumerate() {
+            let mut key = *key;
+            if C::SCALED {
+                rotate(&mut key);
+            }
+            let inverse = self.keys.set_scale(tile * groups + g, lane, &key);
             let lines = &mut self.keys.lines[tile * shape.tile_lines() + g * GROUP..];
             for (line, k) in lines.iter_mut().zip(key) {
                 line.set(lane, k * inverse);

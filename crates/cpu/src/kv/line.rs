@@ -11,8 +11,9 @@ pub enum KvDtype {
     F16,
     /// The upper half of a float32: 8 significant bits, its whole range.
     Bf16,
-    /// 8-bit integers; a float16 scale for every 16 numbers of a key or a value. (With one for all
-    /// of a head, the few large elements that keys of some models have cost the others their bits.)
+    /// 8-bit integers; a float16 scale for every 16 numbers of a key or a value. Keys are rotated
+    /// first, so that the few large elements that some models' keys have don't cost the others
+    /// their bits.
     Int8,
 }
 
@@ -74,6 +75,23 @@ impl Column for I8x16 {
     #[inline(always)]
     fn load<V: Lanes>(&self, v: V) -> V::F {
         v.load_i8(self)
+    }
+}
+
+/// The Walsh-Hadamard transform, orthonormal: it spreads a large element over its group, and products
+/// of two groups stay the same when both are rotated (Ashkboos et al., QuaRot, 2024).
+#[inline(always)]
+pub(crate) fn rotate(group: &mut [f32; GROUP]) {
+    for half in [1, 2, 4, 8] {
+        for i in 0..GROUP {
+            if i & half == 0 {
+                let (a, b) = (group[i], group[i + half]);
+                (group[i], group[i + half]) = (a + b, a - b);
+            }
+        }
+    }
+    for x in group {
+        *x *= 0.25; // 1 / sqrt(16)
     }
 }
 
