@@ -8,15 +8,16 @@
 //! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
-//! Scales of int8 keys multiply the scores, those of int8 values the weights.
+//! Of int8 keys, the sum over each group of elements is multiplied by the group's scale and added to
+//! the score; the scales of int8 values multiply the weights.
 //!
 //! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
 //! the instruction set and so not inlined.
 
 use std::ops::Range;
 
-use crate::kv::{HeadPool, KvLine, KvShape, Pages, TILE, Tile};
-use crate::linear::{F32x16, Kernel, Lanes};
+use crate::kv::{GROUP, HeadPool, KvLine, KvShape, Pages, TILE, Tile, rotate};
+use crate::linear::{Column, F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
 
@@ -97,8 +98,15 @@ impl<C: KvLine> Attention<'_, C> {
         };
         for n in 0..N {
             let query = &self.queries[self.offset(first + n)..][..dim];
-            for (q, x) in queries.q.iter_mut().zip(query) {
-                q[n] = x * self.scale;
+            let groups = queries.q.chunks_exact_mut(GROUP);
+            for (q, x) in groups.zip(query.as_chunks::<GROUP>().0) {
+                let mut x = *x;
+                if C::SCALED {
+                    rotate(&mut x); // as the keys are
+                }
+                for (q, x) in q.iter_mut().zip(x) {
+                    q[n] = x * self.scale;
+                }
             }
         }
         let position = |n: usize| self.position + (first + n) / self.group;
@@ -112,15 +120,11 @@ impl<C: KvLine> Attention<'_, C> {
                 let end = (position(n) + 1).saturating_sub(start).min(TILE);
                 oldest(n).saturating_sub(start).min(end)..end
             });
-            let mut weights = queries.weights(v, dim / TILE, scores, &seen);
-            if let Some(scales) = values.scales {
-                let positions = weights.iter_mut().zip(scales.0);
-                positions.for_each(|(weights, s)| weights.iter_mut().for_each(|w| *w *= s));
-            }
+            let weights = queries.weights(v, dim / TILE, scores, &seen);
             if seen[0].end == TILE && seen[N - 1].start == 0 {
-                queries.add(v, values.lines, dim / TILE, &weights);
+                queries.add(v, values, dim / TILE, &weights);
             } else {
-                queries.add_seen(v, values.lines, dim / TILE, &weights, &seen);
+                queries.add_seen(v, values, dim / TILE, &weights, &seen);
             }
         }
         for n in 0..N {
@@ -140,19 +144,19 @@ impl<const N: usize> Queries<N> {
     #[inline(always)]
     fn scores<V: Lanes, C: KvLine>(&self, v: V, keys: Tile<'_, C>) -> [V::F; N] {
         let mut scores = [v.splat(0.0); N];
-        for (key, q) in keys.lines.iter().zip(&self.q) {
-            let key = key.load(v);
-            for n in 0..N {
-                scores[n] = v.mul_add(v.splat(q[n]), key, scores[n]);
+        if C::SCALED {
+            let groups = keys.lines.chunks_exact(GROUP).zip(keys.scales);
+            for ((keys, scale), q) in groups.zip(self.q.chunks_exact(GROUP)) {
+                let sums = sums(v, keys, q, [v.splat(0.0); N]);
+                let scale = scale.load(v);
+                for n in 0..N {
+                    scores[n] = v.mul_add(sums[n], scale, scores[n]);
+                }
             }
+            scores
+        } else {
+            sums(v, keys.lines, &self.q, scores)
         }
-        if let Some(scales) = keys.scales {
-            let scales = v.load(scales);
-            for score in &mut scores {
-                *score = v.mul(*score, scales);
-            }
-        }
-        scores
     }
 
     /// e^(score - maximum) of each position, `[position][query]`, after rescaling what came before.
@@ -200,7 +204,7 @@ impl<const N: usize> Queries<N> {
     fn add<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
-        values: &[C],
+        values: Tile<'_, C>,
         lines: usize,
         weights: &[[f32; N]; TILE],
     ) {
@@ -209,11 +213,15 @@ impl<const N: usize> Queries<N> {
             for n in 0..N {
                 sums[n] = v.load(&acc[n]);
             }
-            let column = values[line..].iter().step_by(lines);
-            for (value, weights) in column.zip(weights) {
+            let scales = match C::SCALED {
+                true => v.store(values.scales[line].load(v)).0,
+                false => [1.0; TILE],
+            };
+            let column = values.lines[line..].iter().step_by(lines);
+            for ((value, weights), scale) in column.zip(weights).zip(scales) {
                 let value = value.load(v);
                 for n in 0..N {
-                    sums[n] = v.mul_add(v.splat(weights[n]), value, sums[n]);
+                    sums[n] = v.mul_add(v.splat(weights[n] * scale), value, sums[n]);
                 }
             }
             for n in 0..N {
@@ -228,22 +236,41 @@ impl<const N: usize> Queries<N> {
     fn add_seen<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
-        values: &[C],
+        values: Tile<'_, C>,
         lines: usize,
         weights: &[[f32; N]; TILE],
         seen: &[Range<usize>; N],
     ) {
         for n in 0..N {
             let seen = seen[n].clone();
-            let positions = values.chunks_exact(lines).zip(weights);
-            for (values, weights) in positions.take(seen.end).skip(seen.start) {
-                for (acc, value) in self.acc.iter_mut().zip(values) {
-                    let sum = v.mul_add(v.splat(weights[n]), value.load(v), v.load(&acc[n]));
+            for position in seen {
+                let own = &values.lines[position * lines..][..lines];
+                for (line, (acc, value)) in self.acc.iter_mut().zip(own).enumerate() {
+                    let weight = weights[position][n] * values.scale(line, position);
+                    let sum = v.mul_add(v.splat(weight), value.load(v), v.load(&acc[n]));
                     acc[n] = v.store(sum);
                 }
             }
         }
     }
+}
+
+/// What products of `q`, one element of all queries after the other, with the elements of sixteen
+/// keys add to `sums`.
+#[inline(always)]
+fn sums<V: Lanes, C: KvLine, const N: usize>(
+    v: V,
+    keys: &[C],
+    q: &[[f32; N]],
+    mut sums: [V::F; N],
+) -> [V::F; N] {
+    for (key, q) in keys.iter().zip(q) {
+        let key = key.load(v);
+        for n in 0..N {
+            sums[n] = v.mul_add(v.splat(q[n]), key, sums[n]);
+        }
+    }
+    sums
 }
 
 /// Halves against halves: a fixed order that takes few steps.

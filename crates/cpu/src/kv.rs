@@ -4,7 +4,7 @@
 //! position 0 on, so where its blocks lie in the pool, and how large a block is, changes nothing.
 //! In a tile, keys lie transposed — one line per element of the head, one lane per position — so
 //! that sixteen scores come out of one register; values lie one position after another. Of int8
-//! numbers a tile also has a line of key scales and one of value scales, one lane per position.
+//! numbers a tile also has lines of scales, one for every [`GROUP`] elements, one lane per position.
 
 mod line;
 mod pages;
@@ -14,10 +14,10 @@ use spate_executor::BlockCopy;
 use spate_types::BlockId;
 
 use crate::CpuError;
-use crate::linear::{Bf16x16, F16x16, F32x16, I8x16};
+use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16};
 pub use line::KvDtype;
-pub(crate) use line::KvLine;
 use line::int8_scale;
+pub(crate) use line::{GROUP, KvLine, rotate};
 use pages::ZeroPages;
 pub(crate) use plan::KvPlan;
 
@@ -45,6 +45,11 @@ impl KvShape {
     /// Lines of a tile's keys, or of its values.
     fn tile_lines(&self) -> usize {
         self.head_dim
+    }
+
+    /// Groups of elements with the same scale in a key or a value.
+    fn groups(&self) -> usize {
+        self.head_dim / GROUP
     }
 
     /// Tiles of a block.
@@ -96,16 +101,27 @@ pub(crate) struct HeadPool<C> {
 /// The keys, or the values.
 struct Vectors<C> {
     lines: ZeroPages<C>,
-    /// One line per tile if the numbers are scaled, otherwise none.
-    scales: ZeroPages<F32x16>,
+    /// One line per group of a tile if the numbers are scaled, otherwise none.
+    scales: ZeroPages<F16x16>,
 }
 
 /// The keys or the values of sixteen positions.
 pub(crate) struct Tile<'a, C> {
     /// `[element][position]` of keys, `[position][element]` of values.
     pub(crate) lines: &'a [C],
-    /// What the numbers of each position are multiplied with.
-    pub(crate) scales: Option<&'a F32x16>,
+    /// What they are multiplied with, `[group][position]`; empty if the numbers are not scaled.
+    pub(crate) scales: &'a [F16x16],
+}
+
+impl<C: KvLine> Tile<'_, C> {
+    /// What the numbers of a group of one position are multiplied with.
+    #[inline(always)]
+    pub(crate) fn scale(&self, group: usize, position: usize) -> f32 {
+        match C::SCALED {
+            true => self.scales[group].get(position),
+            false => 1.0,
+        }
+    }
 }
 
 impl KvCache {
@@ -182,15 +198,23 @@ impl<C: KvLine> HeadPool<C> {
         value: &[f32],
     ) {
         let (tile, lane) = (shape.tile(pages, position), position % TILE);
-        let (lines, inverse) = self.keys.slot(shape, tile, lane, key);
-        for (line, k) in lines.iter_mut().zip(key) {
-            line.set(lane, k * inverse);
+        let groups = key.len() / GROUP;
+        for (g, key) in key.as_chunks::<GROUP>().0.iter().enumerate() {
+            let mut key = *key;
+            if C::SCALED {
+                rotate(&mut key);
+            }
+            let inverse = self.keys.set_scale(tile * groups + g, lane, &key);
+            let lines = &mut self.keys.lines[tile * shape.tile_lines() + g * GROUP..];
+            for (line, k) in lines.iter_mut().zip(key) {
+                line.set(lane, k * inverse);
+            }
         }
-        let (lines, inverse) = self.values.slot(shape, tile, lane, value);
-        let count = value.len() / TILE;
-        let lines = &mut lines[lane * count..][..count];
-        for (line, v) in lines.iter_mut().zip(value.chunks_exact(TILE)) {
-            let numbers = v.iter().enumerate();
+        for (g, value) in value.chunks_exact(GROUP).enumerate() {
+            let inverse = self.values.set_scale(tile * groups + g, lane, value);
+            // A group of a value is one line.
+            let line = &mut self.values.lines[tile * shape.tile_lines() + lane * groups + g];
+            let numbers = value.iter().enumerate();
             numbers.for_each(|(l, v)| line.set(l, v * inverse));
         }
     }
@@ -213,49 +237,41 @@ impl<C: KvLine> Vectors<C> {
         let tiles = shape.blocks * shape.block_tiles();
         Ok(Self {
             lines: ZeroPages::new(tiles * shape.tile_lines())?,
-            scales: ZeroPages::new(if C::SCALED { tiles } else { 0 })?,
+            scales: ZeroPages::new(if C::SCALED { tiles * shape.groups() } else { 0 })?,
         })
     }
 
-    /// The lines of a tile in which `x` is to be stored, and what to multiply it with first; its
-    /// scale is stored already.
-    fn slot(&mut self, shape: &KvShape, tile: usize, lane: usize, x: &[f32]) -> (&mut [C], f32) {
-        let mut inverse = 1.0;
-        if C::SCALED {
-            let scale = int8_scale(x);
-            self.scales[tile].0[lane] = scale;
-            // Of a scale of 0, or nearly, the numbers become 0.
-            inverse = if scale > f32::MIN_POSITIVE {
-                1.0 / scale
-            } else {
-                0.0
-            };
+    /// Sets the scale of a group's numbers `x`, if they have one; gives what to multiply them with.
+    fn set_scale(&mut self, group: usize, lane: usize, x: &[f32]) -> f32 {
+        if !C::SCALED {
+            return 1.0;
         }
-        let len = shape.tile_lines();
-        (&mut self.lines[tile * len..][..len], inverse)
+        let (scale, inverse) = int8_scale(x);
+        self.scales[group].set(lane, scale);
+        inverse
     }
 
     #[inline(always)]
     fn tile(&self, shape: &KvShape, tile: usize) -> Tile<'_, C> {
-        let len = shape.tile_lines();
+        let (lines, groups) = (shape.tile_lines(), shape.groups());
         Tile {
-            lines: &self.lines[tile * len..][..len],
-            scales: C::SCALED.then(|| &self.scales[tile]),
+            lines: &self.lines[tile * lines..][..lines],
+            scales: match C::SCALED {
+                true => &self.scales[tile * groups..][..groups],
+                false => &[],
+            },
         }
     }
 
-    fn copy(&mut self, shape: &KvShape, BlockCopy { src, dst }: BlockCopy) {
+    fn copy(&mut self, shape: &KvShape, block: BlockCopy) {
+        fn copy<T: Copy>(data: &mut [T], len: usize, BlockCopy { src, dst }: BlockCopy) {
+            let start = src.0 as usize * len;
+            data.copy_within(start..start + len, dst.0 as usize * len);
+        }
         let tiles = shape.block_tiles();
-        let range = |len: usize, block: BlockId| {
-            let start = block.0 as usize * len;
-            start..start + len
-        };
-        let lines = tiles * shape.tile_lines();
-        self.lines
-            .copy_within(range(lines, src), range(lines, dst).start);
+        copy(&mut self.lines, tiles * shape.tile_lines(), block);
         if C::SCALED {
-            self.scales
-                .copy_within(range(tiles, src), range(tiles, dst).start);
+            copy(&mut self.scales, tiles * shape.groups(), block);
         }
     }
 }

@@ -1,3 +1,5 @@
+use half::f16;
+
 use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16, Lanes};
 
 /// How the numbers of the KV cache are stored. Attention computes in float32 whatever it is.
@@ -9,7 +11,9 @@ pub enum KvDtype {
     F16,
     /// The upper half of a float32: 8 significant bits, its whole range.
     Bf16,
-    /// 8-bit integers; a float32 scale for each position's key, and one for its value, in every head.
+    /// 8-bit integers; a float16 scale for every 16 numbers of a key or a value. Keys are rotated
+    /// first, so that the few large elements that some models' keys have don't cost the others
+    /// their bits.
     Int8,
 }
 
@@ -19,10 +23,13 @@ impl KvDtype {
         match self {
             KvDtype::F32 => head_dim * size_of::<f32>(),
             KvDtype::F16 | KvDtype::Bf16 => head_dim * size_of::<u16>(),
-            KvDtype::Int8 => head_dim + size_of::<f32>(),
+            KvDtype::Int8 => head_dim + head_dim / GROUP * size_of::<u16>(),
         }
     }
 }
+
+/// Elements of a key or a value that share a scale.
+pub(crate) const GROUP: usize = 16;
 
 /// Sixteen numbers in the KV cache.
 ///
@@ -57,7 +64,8 @@ impl Column for I8x16 {
     const ZERO: Self = I8x16([0; 16]);
 
     fn set(&mut self, lane: usize, value: f32) {
-        self.0[lane] = value.round_ties_even() as i8;
+        // The scale was rounded: the largest may come out a little above 127.
+        self.0[lane] = value.round_ties_even().clamp(-127.0, 127.0) as i8;
     }
 
     fn get(&self, lane: usize) -> f32 {
@@ -70,12 +78,34 @@ impl Column for I8x16 {
     }
 }
 
-/// What the largest magnitude of `x` is divided by to become 127; NaN if one is not finite, so that
-/// the fault shows in everything that reads the position.
-pub(super) fn int8_scale(x: &[f32]) -> f32 {
+/// The Walsh-Hadamard transform, orthonormal: it spreads a large element over its group, and products
+/// of two groups stay the same when both are rotated (Ashkboos et al., QuaRot, 2024).
+#[inline(always)]
+pub(crate) fn rotate(group: &mut [f32; GROUP]) {
+    for half in [1, 2, 4, 8] {
+        for i in 0..GROUP {
+            if i & half == 0 {
+                let (a, b) = (group[i], group[i + half]);
+                (group[i], group[i + half]) = (a + b, a - b);
+            }
+        }
+    }
+    for x in group {
+        *x *= 0.25; // 1 / sqrt(16)
+    }
+}
+
+/// The scale at which numbers up to the largest magnitude of `x` fit 8 bits, rounded to float16, and
+/// what to multiply them with. The scale is NaN if a number is not finite, so that the fault shows in
+/// everything that reads the position.
+pub(super) fn int8_scale(x: &[f32]) -> (f32, f32) {
     let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-    match x.iter().all(|x| x.is_finite()) {
-        true => max / 127.0,
-        false => f32::NAN,
+    if !x.iter().all(|x| x.is_finite()) {
+        return (f32::NAN, 0.0);
+    }
+    let scale = f16::from_f32(max / 127.0).to_f32();
+    match scale > 0.0 {
+        true => (scale, 1.0 / scale),
+        false => (0.0, 0.0),
     }
 }

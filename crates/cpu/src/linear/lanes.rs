@@ -40,6 +40,9 @@ pub(crate) trait Lanes: Copy {
     fn bytes(self, line: &Line) -> Self::Q;
     /// The low and the high nibbles of each byte.
     fn nibbles(self, line: &Line) -> (Self::Q, Self::Q);
+    /// `low | (high, each byte rotated left by `turn` bits) & mask`. The mask is within bits 4 and 5, and
+    /// takes no bit that the rotation carries around.
+    fn with_high(self, low: Self::Q, high: Self::Q, turn: u32, mask: u8) -> Self::Q;
     /// `acc[l] + Σ_j q[l][j] · x[j]`, where `x` is four i8 (the first in the low byte), none of them
     /// -128. Without `WIDE` every `q` must be below 128.
     fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I;
@@ -86,6 +89,11 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn nibbles(self, line: &Line) -> (Self::Q, Self::Q) {
         (line.0.map(|b| b & 0x0f), line.0.map(|b| b >> 4))
+    }
+
+    #[inline(always)]
+    fn with_high(self, low: Self::Q, high: Self::Q, turn: u32, mask: u8) -> Self::Q {
+        std::array::from_fn(|i| low[i] | (high[i].rotate_left(turn) & mask))
     }
 
     #[inline(always)]

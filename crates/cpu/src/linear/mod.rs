@@ -1,7 +1,7 @@
 //! Matrix products: weights `[rows, cols]` (rows are output features) times activations `[m, cols]`.
 //!
 //! Weights are rearranged at load into panels of sixteen output rows, so that one register holds
-//! one partial sum of each. They stay as they are in the file, 4 or 8 bits wide, and meet
+//! one partial sum of each. They stay as they are in the file, 4, 5, 6 or 8 bits wide, and meet
 //! activations that are quantised to 8 bits in blocks of 32 ([`LinearWeight::fast`]), or they are
 //! expanded to float32 ([`LinearWeight::exact`]).
 //!
@@ -97,8 +97,8 @@ impl LinearWeight {
         Ok(Self { rows, cols, data })
     }
 
-    /// Keeps the weights as wide as they are in the file, or nearly: formats of 5 and 6 bits, and of 4 with a table, take 8,
-    /// and groups of 16 have a float16 scale each.
+    /// Keeps the weights as wide as they are in the file, or nearly: formats of 2 and 3 bits take 4, those
+    /// of 4 with a table 8, and each group of 16 or 32 has a float16 scale.
     ///
     /// # Errors
     /// As [`exact`](Self::exact).

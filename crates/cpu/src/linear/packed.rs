@@ -15,7 +15,7 @@ use crate::pool::ThreadPool;
 /// How the weights of a matrix are stored: `scale · (q - offset)`, or `scale · q + min`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Format {
-    /// 4 (`offset` 8) or 8 (`offset` 128).
+    /// 4, 5, 6 or 8. The offset is half the range.
     bits: u32,
     /// Columns that share a scale: 16 or 32.
     group: usize,
@@ -27,8 +27,10 @@ struct Format {
 /// last panel are zero.
 ///
 /// A group of `group` columns of a panel takes `bits · group / 32` lines. Byte `4 r + j` of line `i`
-/// belongs to row `r` and column `4 i + j`; with 4 bits that is the low nibble, and the high nibble
-/// belongs to the column half a group further. Scales and minima are float16: exact for the formats
+/// belongs to row `r` and column `4 i + j`; with less than 8 bits that is the low nibble, and the high
+/// nibble belongs to the column half a group further. The fifth and sixth bits have one more line:
+/// `bits - 4` bits of byte `4 r + j` for each of the columns `j`, `4 + j`, `8 + j` …, from the lowest
+/// bits on. Scales and minima are float16: exact for the formats
 /// whose files hold float16; for the "K" formats the products of block scale and group scale are
 /// rounded to 11 bits, far below the error of the weights themselves.
 pub(super) struct Packed {
@@ -41,7 +43,12 @@ pub(super) struct Packed {
 
 impl Format {
     fn new(scheme: Scheme) -> Self {
-        let bits = if scheme.bits <= 4 { 4 } else { 8 };
+        let bits = match (scheme.bits, scheme.group) {
+            (..=4, _) => 4,
+            (5, 32) => 5,
+            (6, 16) => 6,
+            _ => 8,
+        };
         Self {
             bits,
             group: scheme.group,
@@ -53,12 +60,28 @@ impl Format {
         self.bits as usize * self.group / 32
     }
 
+    /// Lines of nibbles; 0 if the weights are bytes.
+    const fn nibble_lines(self) -> usize {
+        if self.bits == 8 { 0 } else { self.group / 8 }
+    }
+
     const fn offset(self) -> u8 {
-        match (self.has_min, self.bits) {
-            (true, _) => 0,
-            (false, 4) => 8,
-            (false, _) => 128,
+        if self.has_min {
+            0
+        } else {
+            1 << (self.bits - 1)
         }
+    }
+
+    /// What the bits above a nibble are in a byte.
+    const fn high_mask(self) -> u8 {
+        ((1 << self.bits) - 1) as u8 & 0xf0
+    }
+
+    /// How far to rotate a byte of the line of high bits to the left to bring those of the columns
+    /// `4 quad ..` above a nibble.
+    const fn turn(self, quad: usize) -> u32 {
+        (4 + 8 - (self.bits - 4) * quad as u32) % 8
     }
 }
 
@@ -135,9 +158,10 @@ impl Packed {
             (4, 32, true) => sweep.run(isa, PackedTimes::<4, 32, true> { weights: self, x }),
             (4, 16, false) => sweep.run(isa, PackedTimes::<4, 16, false> { weights: self, x }),
             (4, 16, true) => sweep.run(isa, PackedTimes::<4, 16, true> { weights: self, x }),
+            (5, 32, false) => sweep.run(isa, PackedTimes::<5, 32, false> { weights: self, x }),
+            (5, 32, true) => sweep.run(isa, PackedTimes::<5, 32, true> { weights: self, x }),
+            (6, 16, false) => sweep.run(isa, PackedTimes::<6, 16, false> { weights: self, x }),
             (8, 32, false) => sweep.run(isa, PackedTimes::<8, 32, false> { weights: self, x }),
-            (8, 32, true) => sweep.run(isa, PackedTimes::<8, 32, true> { weights: self, x }),
-            (8, 16, false) => sweep.run(isa, PackedTimes::<8, 16, false> { weights: self, x }),
             other => unreachable!("no GGML type has the format {other:?}"),
         }
     }
@@ -156,11 +180,19 @@ impl Packed {
             };
             let lines = &self.lines[at * per_group..][..per_group];
             for (c, out) in out.iter_mut().enumerate() {
-                let byte = lines[c / 4 % per_group].0[4 * lane + c % 4];
-                let q = match (self.format.bits, c / 4 < per_group) {
-                    (8, _) => byte,
-                    (_, true) => byte & 0x0f,
-                    (_, false) => byte >> 4,
+                let (quad, at) = (c / 4, 4 * lane + c % 4);
+                let q = match self.format.nibble_lines() {
+                    0 => lines[quad].0[at],
+                    count => {
+                        let nibbles = lines[quad % count].0[at];
+                        let low = if quad < count {
+                            nibbles & 0x0f
+                        } else {
+                            nibbles >> 4
+                        };
+                        let high = lines[per_group - 1].0[at].rotate_left(self.format.turn(quad));
+                        low | (high & self.format.high_mask())
+                    }
                 };
                 *out = scale * (f32::from(q) - offset) + min;
             }
@@ -197,22 +229,24 @@ impl PanelMut<'_> {
                 }
                 let q = &unpacked.q[g * scheme.group..][..scheme.group];
                 let lines = &mut self.lines[at * per_group..][..per_group];
-                pack_group(format.bits, q, shift, lane, lines);
+                pack_group(format, q, shift, lane, lines);
             }
         }
     }
 }
 
-fn pack_group(bits: u32, q: &[u8], shift: u8, lane: usize, lines: &mut [Line]) {
-    let (low, high) = q.split_at(4 * lines.len());
-    for (i, line) in lines.iter_mut().enumerate() {
-        let out = &mut line.0[4 * lane..][..4];
-        for (j, out) in out.iter_mut().enumerate() {
-            let c = 4 * i + j;
-            *out = match bits {
-                4 => (low[c] + shift) | ((high[c] + shift) << 4),
-                _ => low[c] + shift,
-            };
+fn pack_group(format: Format, q: &[u8], shift: u8, lane: usize, lines: &mut [Line]) {
+    let per_group = lines.len();
+    for (c, q) in q.iter().enumerate() {
+        let (q, quad, at) = (q + shift, c / 4, 4 * lane + c % 4);
+        match format.nibble_lines() {
+            0 => lines[quad].0[at] = q,
+            count => {
+                let nibble = if quad < count { q & 0x0f } else { q << 4 };
+                lines[quad % count].0[at] |= nibble;
+                let high = (q & format.high_mask()).rotate_right(format.turn(quad));
+                lines[per_group - 1].0[at] |= high;
+            }
         }
     }
 }
@@ -264,23 +298,27 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> Panels
                     dot[t] = v.splat_i(-i32::from(format.offset()) * x[t][b].sum[span]);
                 }
             }
-            for (i, line) in lines.iter().enumerate() {
-                let word = part * (GROUP / 4) + i;
-                if BITS == 4 {
-                    let (low, high) = v.nibbles(line);
-                    for t in 0..T {
-                        let words = &x[t][b].words;
-                        dot[t] = v.dot4::<false>(dot[t], low, words[word]);
-                        dot[t] = v.dot4::<false>(dot[t], high, words[word + GROUP / 8]);
-                    }
-                } else {
+            let words = part * (GROUP / 4);
+            if BITS == 8 {
+                for (i, line) in lines.iter().enumerate() {
                     let q = v.bytes(line);
                     for t in 0..T {
-                        // With a minimum q has 6 bits at most; with the offset it has 8.
-                        dot[t] = match MIN {
-                            true => v.dot4::<false>(dot[t], q, x[t][b].words[word]),
-                            false => v.dot4::<true>(dot[t], q, x[t][b].words[word]),
-                        };
+                        dot[t] = v.dot4::<true>(dot[t], q, x[t][b].words[words + i]);
+                    }
+                }
+            } else {
+                let count = format.nibble_lines();
+                let above = v.bytes(&lines[per_group - 1]);
+                for (i, line) in lines[..count].iter().enumerate() {
+                    let (mut low, mut high) = v.nibbles(line);
+                    if BITS > 4 {
+                        low = v.with_high(low, above, format.turn(i), format.high_mask());
+                        high = v.with_high(high, above, format.turn(i + count), format.high_mask());
+                    }
+                    for t in 0..T {
+                        let words = &x[t][b].words[words..];
+                        dot[t] = v.dot4::<false>(dot[t], low, words[i]);
+                        dot[t] = v.dot4::<false>(dot[t], high, words[i + count]);
                     }
                 }
             }

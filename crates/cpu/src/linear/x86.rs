@@ -83,6 +83,25 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
 
     #[inline(always)]
+    fn with_high(self, low: Self::Q, high: Self::Q, turn: u32, mask: u8) -> Self::Q {
+        // There is no shift of bytes, but the mask drops what comes in from the neighbour.
+        intrinsics! {
+            let left = _mm_cvtsi32_si128(turn as i32);
+            let right = _mm_cvtsi32_si128(8 - turn as i32);
+            let mask = _mm256_set1_epi8(mask as i8);
+            let mut out = low;
+            for (out, high) in out.iter_mut().zip(high) {
+                let high = match turn {
+                    0..5 => _mm256_sll_epi16(high, left),
+                    _ => _mm256_srl_epi16(high, right),
+                };
+                *out = _mm256_or_si256(*out, _mm256_and_si256(high, mask));
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
     fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I {
         let x = intrinsics! { _mm256_set1_epi32(x) };
         [
@@ -202,6 +221,17 @@ impl Lanes for Avx512 {
             let low = _mm512_and_si512(bytes, mask);
             let high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
             (low, high)
+        }
+    }
+
+    #[inline(always)]
+    fn with_high(self, low: Self::Q, high: Self::Q, turn: u32, mask: u8) -> Self::Q {
+        intrinsics! {
+            let high = match turn {
+                0..5 => _mm512_sll_epi16(high, _mm_cvtsi32_si128(turn as i32)),
+                _ => _mm512_srl_epi16(high, _mm_cvtsi32_si128(8 - turn as i32)),
+            };
+            _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(mask as i8)))
         }
     }
 
