@@ -189,6 +189,14 @@ impl Runner {
                 .map(BlockId)
                 .collect::<Vec<_>>(),
         );
+        // One sequence alone keeps all its blocks, where layers with a window have a pool of their own.
+        let local = match self.executor.capacity().local {
+            Some(_) => LocalBlocks {
+                first: 0,
+                blocks: blocks.clone(),
+            },
+            None => LocalBlocks::default(),
+        };
         let (mut logprobs, mut tokens, mut start) = (Vec::new(), Vec::new(), 0);
         while tokens.len() < output {
             let input = match prompt.get(start as usize..) {
@@ -202,7 +210,7 @@ impl Runner {
                 bind: bind.take(),
                 start,
                 blocks: blocks.clone(),
-                local: LocalBlocks::default(),
+                local: local.clone(),
                 sample: start as usize + input.len() >= prompt.len(),
                 prompt_logprobs: input != Input::Last,
                 input,
