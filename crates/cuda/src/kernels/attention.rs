@@ -108,6 +108,20 @@ pub struct DecodeScratch {
     works: usize,
 }
 
+impl DecodeScratch {
+    /// Sets the counters to zero, as they must be before the first step.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// The memory is alive until that has run.
+    pub unsafe fn reset(&self, stream: &Stream) -> Result<(), CudaError> {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { stream.fill(self.counters, 0) }
+    }
+}
+
 /// Paged causal attention; see `kernels/attention_sm90a.cu`, `attention_prefill.cu` and
 /// `attention_decode.cu`.
 pub struct Attention {
@@ -332,7 +346,7 @@ impl Attention {
         }
     }
 
-    /// Room for decode steps with up to that much work. The counters in it must be zero before the first.
+    /// Room for decode steps with up to that much work; [`DecodeScratch::reset`] it before the first.
     ///
     /// # Errors
     /// When the arena is too small.
@@ -502,4 +516,42 @@ impl Attention {
 fn box_rows(block_size: u32, tile: u32) -> u32 {
     let fits = |rows: &u32| block_size.is_multiple_of(*rows) && tile.is_multiple_of(*rows);
     [128, 64, 32, 16].into_iter().find(fits).unwrap_or(16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boxes_fill_tiles_and_stay_inside_blocks() {
+        for tile in [64, 128] {
+            for block_size in (16..=512).step_by(16) {
+                let rows = box_rows(block_size, tile);
+                assert!(
+                    block_size.is_multiple_of(rows) && tile.is_multiple_of(rows),
+                    "{rows}"
+                );
+            }
+        }
+        assert_eq!(
+            (box_rows(16, 128), box_rows(48, 128), box_rows(256, 64)),
+            (16, 16, 64)
+        );
+    }
+
+    /// What attention.cuh declares.
+    #[test]
+    fn what_kernels_read_has_their_layout() {
+        assert_eq!((size_of::<Work>(), size_of::<Arguments>()), (20, 120));
+        assert_eq!(std::mem::offset_of!(Arguments, shape), 72);
+    }
+
+    #[test]
+    fn shared_memory_fits_a_hopper_sm() {
+        for head_dim in [64, 96, 128, 256] {
+            for decode in [false, true] {
+                assert!(HopperSizes::new(head_dim).shared_bytes(head_dim, decode) <= 227 << 10);
+            }
+        }
+    }
 }

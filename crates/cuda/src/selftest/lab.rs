@@ -144,6 +144,26 @@ impl Lab {
         self.stream.synchronize()
     }
 
+    /// Memory that a kernel's type carves for itself.
+    pub(super) fn take<T>(
+        &mut self,
+        take: impl FnOnce(&mut Arena) -> Result<T, CudaError>,
+    ) -> Result<T, CudaError> {
+        take(&mut self.arena)
+    }
+
+    /// Random numbers that repeat after some megabytes.
+    pub(super) fn random_bf16s(&mut self, len: usize) -> Result<Slice<bf16>, CudaError> {
+        const PIECE: usize = 1 << 22;
+        let piece = self.bf16s(PIECE.min(len));
+        let all = self.output::<bf16>(len)?.slice;
+        for start in (0..len).step_by(PIECE) {
+            let part = all.range(start..(start + PIECE).min(len));
+            self.write(&piece[..part.len()], part)?;
+        }
+        Ok(all)
+    }
+
     /// Poisoned memory with a guard behind it.
     pub(super) fn output<T: Plain>(&mut self, len: usize) -> Result<Output<T>, CudaError> {
         let bytes = len * size_of::<T>();

@@ -196,10 +196,10 @@ pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         lab.clear()?;
         let len = outputs * inputs;
         let copies = COLD / (2 * len) + 1;
-        let weights = random_matrix(lab, copies * len)?;
+        let weights = lab.random_bf16s(copies * len)?;
         // The head is used for few positions only.
         let most = if name == "lm_head" { 256 } else { 4096 };
-        let x = random_matrix(lab, most * inputs)?;
+        let x = lab.random_bf16s(most * inputs)?;
         let out = lab.output::<bf16>(most * outputs)?.slice;
         for tokens in TOKENS.into_iter().filter(|&tokens| tokens <= most) {
             let next = Cell::new(0);
@@ -228,16 +228,4 @@ pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         }
     }
     Ok(reports)
-}
-
-/// Random numbers that repeat after some megabytes.
-fn random_matrix(lab: &mut Lab, len: usize) -> Result<Slice<bf16>, CudaError> {
-    const PIECE: usize = 1 << 22;
-    let piece = lab.bf16s(PIECE);
-    let all = lab.output::<bf16>(len)?.slice;
-    for start in (0..len).step_by(PIECE) {
-        let part = all.range(start..(start + PIECE).min(len));
-        lab.write(&piece[..part.len()], part)?;
-    }
-    Ok(all)
 }

@@ -4,6 +4,7 @@
 //! beforehand, and the memory behind them is watched. It belongs to the library because users run it
 //! too, to learn whether their machine computes right.
 
+mod attention;
 mod elementwise;
 mod lab;
 mod linear;
@@ -25,8 +26,10 @@ const CHECKS: &[(&str, Check)] = &[
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
     ("packed", packed::packed),
+    ("attention", attention::attention),
     ("throughput: matrices", linear::throughput),
     ("throughput: quantised", packed::throughput),
+    ("throughput: heads", attention::throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),

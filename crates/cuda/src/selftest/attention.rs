@@ -1,0 +1,561 @@
+use std::cell::Cell;
+use std::thread;
+
+use half::bf16;
+
+use super::lab::{Lab, Report, distance};
+use crate::CudaError;
+use crate::driver::{Device, Slice};
+use crate::kernels::{
+    Attention, AttentionModel, AttentionStep, DecodeScratch, KvShape, Path, Sequence,
+};
+
+/// Weights and outputs rounded to bfloat16.
+const LIMIT: f64 = 6e-3;
+
+const HEAD_DIMS: [u32; 4] = [64, 96, 128, 256];
+/// Lengths that a case's sequences stay below: of one split of positions, of a few, of many.
+const LONGEST: [usize; 6] = [40, 200, 200, 700, 1400, 2200];
+
+/// Single tokens of a decode step.
+const DECODES: usize = 30;
+const MAX_WORKS: usize = 512;
+
+const LAYERS: usize = 2;
+const LAYER: usize = 1;
+
+fn paths(device: &Device) -> Vec<(Path, &'static str)> {
+    let mut paths = vec![(Path::Portable, "mma.sync")];
+    if Path::best(device) == Path::Hopper {
+        paths.push((Path::Hopper, "wgmma"));
+    }
+    paths
+}
+
+pub(super) fn attention(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let mut reports = Vec::new();
+    for (path, name) in paths(lab.device()) {
+        for head_dim in HEAD_DIMS {
+            let mut found = Found::default();
+            for longest in LONGEST {
+                lab.clear()?;
+                let case = Case::random(lab, head_dim, longest);
+                check(lab, path, &case, &mut found)?;
+            }
+            let name = |what: &str| format!("attention {head_dim} ({name}), {what}");
+            reports.push(lab.report(&name("prefill"), &found.prefill, LIMIT));
+            reports.push(lab.report(&name("decode"), &found.decode, LIMIT));
+            reports.push(lab.report(&name("same bits"), &found.differing, 0.0));
+        }
+    }
+    Ok(reports)
+}
+
+/// What the cases of a head size showed.
+#[derive(Default)]
+struct Found {
+    prefill: Vec<f64>,
+    decode: Vec<f64>,
+    /// Shares of rows whose bits depend on what they must not depend on.
+    differing: Vec<f64>,
+}
+
+/// A model, some sequences, and where their blocks lie.
+struct Case {
+    seed: u64,
+    model: AttentionModel,
+    window: Option<u32>,
+    lengths: Vec<u32>,
+    tables: Vec<Vec<u32>>,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Query,
+    Key,
+    Value,
+}
+
+impl Case {
+    fn random(lab: &mut Lab, head_dim: u32, longest: usize) -> Self {
+        let kv_heads = lab.pick(&[1, 2, 3]);
+        let block_size = lab.pick(&[16, 16, 32, 48, 64, 128, 256]);
+        let count = 1 + lab.below(3);
+        let lengths: Vec<u32> = (0..count).map(|_| 1 + lab.below(longest) as u32).collect();
+        let blocks: u32 = lengths.iter().map(|n| n.div_ceil(block_size)).sum();
+        // Some blocks are nobody's.
+        let mut free: Vec<u32> = (0..blocks + 3).collect();
+        let tables = lengths.iter().map(|n| {
+            let mut take = || free.swap_remove(lab.below(free.len()));
+            (0..n.div_ceil(block_size)).map(|_| take()).collect()
+        });
+        let tables = tables.collect();
+        Self {
+            seed: lab.random(),
+            model: AttentionModel {
+                heads: kv_heads * lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]),
+                shape: KvShape {
+                    blocks: blocks + 3,
+                    kv_heads,
+                    block_size,
+                    head_dim,
+                },
+                scale: (head_dim as f32).powf(-0.5),
+                softcap: (lab.below(4) == 0).then_some(20.0),
+            },
+            window: (lab.below(2) == 0).then(|| 1 + lab.below(longest) as u32),
+            lengths,
+            tables,
+        }
+    }
+
+    fn width(&self) -> usize {
+        (self.model.heads * self.model.shape.head_dim) as usize
+    }
+
+    /// A head's vector at a position: the same whenever it is asked for.
+    fn vector(&self, what: What, sequence: usize, position: u32, head: u32) -> Vec<bf16> {
+        let mut state = self.seed;
+        for part in [what as u64, sequence as u64, position.into(), head.into()] {
+            state = mix(state ^ part);
+        }
+        // Scores of a few units, so that some positions weigh much more than others.
+        let range = if matches!(what, What::Query) {
+            6.0
+        } else {
+            1.0
+        };
+        (0..self.model.shape.head_dim)
+            .map(|_| {
+                state = mix(state);
+                bf16::from_f64(((state >> 11) as f64 / (1u64 << 52) as f64 - 1.0) * range)
+            })
+            .collect()
+    }
+
+    /// The cache: not a number wherever no sequence has a position.
+    fn cache(&self) -> Vec<bf16> {
+        let shape = self.model.shape;
+        let KvShape {
+            kv_heads,
+            block_size,
+            head_dim,
+            ..
+        } = shape;
+        let mut cache = vec![bf16::NAN; LAYERS * shape.layer_len()];
+        for (sequence, length) in self.lengths.iter().enumerate() {
+            for position in 0..*length {
+                let block = self.tables[sequence][(position / block_size) as usize] as usize;
+                let block = LAYER * shape.layer_len() + block * shape.block_len();
+                for (half, what) in [What::Key, What::Value].into_iter().enumerate() {
+                    for head in 0..kv_heads {
+                        let row = (half as u32 * kv_heads + head) * block_size;
+                        let from = block + ((row + position % block_size) * head_dim) as usize;
+                        let x = self.vector(what, sequence, position, head);
+                        cache[from..from + x.len()].copy_from_slice(&x);
+                    }
+                }
+            }
+        }
+        cache
+    }
+
+    /// Positions whose outputs are compared: all of a short sequence, of a long one some, and those where
+    /// splits of positions meet.
+    fn compared(&self, sequence: usize) -> Vec<u32> {
+        let length = self.lengths[sequence];
+        let step = length.div_ceil(60);
+        let meet = (256..length).step_by(256).flat_map(|p| [p - 1, p]);
+        let some = (0..length).step_by(step as usize);
+        let mut positions: Vec<u32> = some.chain(meet).chain([length - 1]).collect();
+        positions.sort_unstable();
+        positions.dedup();
+        positions
+    }
+
+    /// In float64, for each sequence the compared positions' outputs.
+    fn expected(&self) -> Vec<Vec<Vec<f64>>> {
+        thread::scope(|scope| {
+            let works: Vec<_> = (0..self.lengths.len())
+                .map(|sequence| scope.spawn(move || self.expected_of(sequence)))
+                .collect();
+            let join = |work: thread::ScopedJoinHandle<'_, _>| {
+                work.join().expect("plain arithmetic doesn't panic")
+            };
+            works.into_iter().map(join).collect()
+        })
+    }
+
+    fn expected_of(&self, sequence: usize) -> Vec<Vec<f64>> {
+        let AttentionModel { heads, shape, .. } = self.model;
+        let positions = self.compared(sequence);
+        let mut out = vec![Vec::with_capacity(self.width()); positions.len()];
+        let vector = |what, position, head| {
+            let vector = self.vector(what, sequence, position, head);
+            vector.iter().map(|x| x.to_f64()).collect::<Vec<f64>>()
+        };
+        for head in 0..heads {
+            let kv_head = head / (heads / shape.kv_heads);
+            let all = |what| {
+                let positions = 0..self.lengths[sequence];
+                positions
+                    .map(move |p| vector(what, p, kv_head))
+                    .collect::<Vec<_>>()
+            };
+            let (keys, values) = (all(What::Key), all(What::Value));
+            for (out, &position) in out.iter_mut().zip(&positions) {
+                let query = vector(What::Query, position, head);
+                let from = (position + 1).saturating_sub(self.window.unwrap_or(u32::MAX));
+                let seen = from as usize..position as usize + 1;
+                out.extend(self.attend(&query, &keys[seen.clone()], &values[seen]));
+            }
+        }
+        out
+    }
+
+    fn attend(&self, query: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>]) -> Vec<f64> {
+        let score = |key: &Vec<f64>| {
+            let dot: f64 = key.iter().zip(query).map(|(k, q)| k * q).sum();
+            let score = dot * f64::from(self.model.scale);
+            match self.model.softcap.map(f64::from) {
+                Some(cap) => cap * (score / cap).tanh(),
+                None => score,
+            }
+        };
+        let scores: Vec<f64> = keys.iter().map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let mut out = vec![0.0; query.len()];
+        for (weight, value) in weights.iter().zip(values) {
+            for (out, value) in out.iter_mut().zip(value) {
+                *out += weight / sum * value;
+            }
+        }
+        out
+    }
+}
+
+/// SplitMix64's output function.
+fn mix(state: u64) -> u64 {
+    let z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// Tokens of a sequence that one step computes.
+#[derive(Clone, Copy)]
+struct Chunk {
+    sequence: usize,
+    position: u32,
+    tokens: u32,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Prefill,
+    Decode,
+}
+
+/// A case on the GPU.
+struct Bench<'a> {
+    case: &'a Case,
+    attention: Attention,
+    scratch: DecodeScratch,
+}
+
+impl<'a> Bench<'a> {
+    fn new(lab: &mut Lab, path: Path, case: &'a Case) -> Result<Self, CudaError> {
+        let cache = lab.upload(&case.cache())?;
+        let attention = Attention::load(lab.device(), path, case.model, cache)?;
+        let scratch = lab.take(|arena| attention.take_scratch(arena, MAX_WORKS))?;
+        // SAFETY: the arena is alive.
+        unsafe { scratch.reset(&lab.stream)? };
+        Ok(Self {
+            case,
+            attention,
+            scratch,
+        })
+    }
+
+    /// The outputs of each chunk, `[tokens, width]`.
+    fn run(
+        &self,
+        lab: &mut Lab,
+        kind: Kind,
+        chunks: &[Chunk],
+    ) -> Result<Vec<Vec<bf16>>, CudaError> {
+        let AttentionModel { heads, shape, .. } = self.case.model;
+        let (width, row) = (
+            self.case.width(),
+            ((heads + 2 * shape.kv_heads) * shape.head_dim) as usize,
+        );
+        let (mut qkv, mut sequences, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+        for chunk in chunks {
+            // Before each, a token that is nobody's.
+            qkv.resize(qkv.len() + row, bf16::NAN);
+            sequences.push(Sequence {
+                token: (qkv.len() / row) as u32,
+                tokens: chunk.tokens,
+                position: chunk.position,
+                table: tables.len() as u32,
+            });
+            let end = chunk.position + chunk.tokens;
+            let blocks = end.div_ceil(shape.block_size) as usize;
+            tables.extend(&self.case.tables[chunk.sequence][..blocks]);
+            for position in chunk.position..end {
+                for head in 0..heads {
+                    let query = self
+                        .case
+                        .vector(What::Query, chunk.sequence, position, head);
+                    qkv.extend(query);
+                }
+                qkv.resize(qkv.len().next_multiple_of(row), bf16::NAN);
+            }
+        }
+        let (mut work, window) = (Vec::new(), self.case.window);
+        match kind {
+            Kind::Prefill => self.attention.prefill_work(&sequences, window, &mut work),
+            Kind::Decode => self.attention.decode_work(&sequences, window, &mut work),
+        }
+        let step = AttentionStep {
+            tables: lab.upload(&tables)?,
+            work: lab.upload(&work)?,
+            works: lab.upload(&[work.len() as u32])?,
+            window,
+        };
+        let queries = lab.upload(&qkv)?;
+        let out = lab.output::<bf16>(qkv.len() / row * width)?;
+        let (stream, scratch) = (&lab.stream, &self.scratch);
+        // SAFETY: the work is that of the step, whose blocks and tokens exist; the arena is alive.
+        unsafe {
+            match kind {
+                Kind::Prefill => {
+                    self.attention
+                        .prefill(stream, &step, LAYER, queries, out.slice)?;
+                }
+                Kind::Decode => {
+                    self.attention
+                        .decode(stream, &step, scratch, LAYER, queries, out.slice)?;
+                }
+            }
+        }
+        let mut out = lab.read(out)?;
+        let rows = |s: &Sequence| s.token as usize * width..(s.token + s.tokens) as usize * width;
+        let outs = sequences.iter().map(|s| out[rows(s)].to_vec()).collect();
+        for s in &sequences {
+            out[rows(s)].fill(bf16::from_bits(POISONED));
+        }
+        lab.damaged |= out.iter().any(|x| x.to_bits() != POISONED);
+        Ok(outs)
+    }
+}
+
+/// An output that was not written.
+const POISONED: u16 = 0xffff;
+
+fn check(lab: &mut Lab, path: Path, case: &Case, found: &mut Found) -> Result<(), CudaError> {
+    let (width, expected) = (case.width(), case.expected());
+    let bench = Bench::new(lab, path, case)?;
+    let whole: Vec<Chunk> = (0..case.lengths.len())
+        .map(|sequence| Chunk {
+            sequence,
+            position: 0,
+            tokens: case.lengths[sequence],
+        })
+        .collect();
+    let together = bench.run(lab, Kind::Prefill, &whole)?;
+    let row =
+        |sequence: usize, position: u32| &together[sequence][position as usize * width..][..width];
+    for (sequence, expected) in expected.iter().enumerate() {
+        for (position, expected) in case.compared(sequence).into_iter().zip(expected) {
+            found
+                .prefill
+                .push(distance(row(sequence, position), expected));
+        }
+    }
+
+    for chunk in &whole {
+        let mut chunked = Vec::new();
+        let mut position = 0;
+        while position < chunk.tokens {
+            let tokens = 1 + lab.below((chunk.tokens - position) as usize) as u32;
+            let part = Chunk {
+                position,
+                tokens,
+                ..*chunk
+            };
+            chunked.extend(bench.run(lab, Kind::Prefill, &[part])?.concat());
+            position += tokens;
+        }
+        found
+            .differing
+            .push(differing(&chunked, &together[chunk.sequence], width));
+    }
+
+    let (mut tokens, mut wanted) = (Vec::new(), Vec::new());
+    for _ in 0..DECODES {
+        let sequence = lab.below(case.lengths.len());
+        let compared = case.compared(sequence);
+        // Often the last: it sees most.
+        let at = (lab.below(3 * compared.len() / 2)).min(compared.len() - 1);
+        tokens.push(Chunk {
+            sequence,
+            position: compared[at],
+            tokens: 1,
+        });
+        wanted.push(&expected[sequence][at]);
+    }
+    let batched = bench.run(lab, Kind::Decode, &tokens)?;
+    for ((token, out), wanted) in tokens.iter().zip(&batched).zip(wanted) {
+        found.decode.push(distance(out, wanted));
+        if path == Path::Hopper {
+            let prefilled = row(token.sequence, token.position);
+            found.differing.push(differing(out, prefilled, width));
+        }
+    }
+    for (token, batched) in tokens.iter().zip(&batched).take(4) {
+        let alone = bench.run(lab, Kind::Decode, &[*token])?;
+        found.differing.push(differing(&alone[0], batched, width));
+    }
+    tokens.reverse();
+    let mut reversed = bench.run(lab, Kind::Decode, &tokens)?;
+    reversed.reverse();
+    found
+        .differing
+        .push(differing(&reversed.concat(), &batched.concat(), width));
+    Ok(())
+}
+
+/// Share of rows whose bits differ.
+fn differing(a: &[bf16], b: &[bf16], width: usize) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<u16>>();
+    let rows = a.chunks(width).zip(b.chunks(width));
+    let differ = rows.filter(|(a, b)| bits(a) != bits(b)).count();
+    (differ * width) as f64 / a.len() as f64
+}
+
+/// Heads, key/value heads, head size; sequences, tokens in the cache, new tokens.
+type Load = ([u32; 3], [u32; 3]);
+
+const LLAMA: [u32; 3] = [32, 8, 128];
+const PREFILLS: [Load; 8] = [
+    (LLAMA, [1, 0, 8192]),
+    (LLAMA, [1, 6144, 2048]),
+    (LLAMA, [1, 0, 2048]),
+    (LLAMA, [8, 0, 512]),
+    (LLAMA, [16, 0, 64]),
+    ([32, 8, 64], [1, 0, 8192]),
+    ([32, 8, 96], [1, 0, 8192]),
+    ([16, 4, 256], [1, 0, 8192]),
+];
+const DECODINGS: [Load; 10] = [
+    (LLAMA, [1, 127, 1]),
+    (LLAMA, [1, 1023, 1]),
+    (LLAMA, [1, 8191, 1]),
+    (LLAMA, [4, 8191, 1]),
+    (LLAMA, [16, 8191, 1]),
+    (LLAMA, [8, 640, 1]),
+    (LLAMA, [64, 640, 1]),
+    (LLAMA, [256, 640, 1]),
+    ([32, 8, 64], [16, 8191, 1]),
+    ([16, 4, 256], [16, 8191, 1]),
+];
+
+pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let mut reports = Vec::new();
+    for (path, name) in paths(lab.device()) {
+        for load in PREFILLS {
+            reports.push(timed(lab, path, name, Kind::Prefill, load)?);
+        }
+        for load in DECODINGS {
+            reports.push(timed(lab, path, name, Kind::Decode, load)?);
+        }
+    }
+    Ok(reports)
+}
+
+fn timed(
+    lab: &mut Lab,
+    path: Path,
+    name: &str,
+    kind: Kind,
+    ([heads, kv_heads, head_dim], [count, past, tokens]): Load,
+) -> Result<Report, CudaError> {
+    const BLOCK_SIZE: u32 = 16;
+    /// Several layers in turn: those of the last run are in L2.
+    const COLD: usize = 400 << 20;
+    lab.clear()?;
+    let blocks = (past + tokens).div_ceil(BLOCK_SIZE);
+    let shape = KvShape {
+        blocks: blocks * count,
+        kv_heads,
+        block_size: BLOCK_SIZE,
+        head_dim,
+    };
+    let layers = COLD.div_ceil(2 * shape.layer_len()).min(64);
+    let row = (heads + 2 * kv_heads) * head_dim;
+    let cache = lab.random_bf16s(layers * shape.layer_len())?;
+    let qkv = lab.random_bf16s((count * tokens * row) as usize)?;
+    let out: Slice<bf16> = lab
+        .output((count * tokens * heads * head_dim) as usize)?
+        .slice;
+    let model = AttentionModel {
+        heads,
+        shape,
+        scale: (head_dim as f32).powf(-0.5),
+        softcap: None,
+    };
+    let attention = Attention::load(lab.device(), path, model, cache)?;
+    let mut tables: Vec<u32> = (0..shape.blocks).collect();
+    for i in (1..tables.len()).rev() {
+        tables.swap(i, lab.below(i + 1));
+    }
+    let sequences: Vec<Sequence> = (0..count)
+        .map(|i| Sequence {
+            token: i * tokens,
+            tokens,
+            position: past,
+            table: i * blocks,
+        })
+        .collect();
+    let mut work = Vec::new();
+    match kind {
+        Kind::Prefill => attention.prefill_work(&sequences, None, &mut work),
+        Kind::Decode => attention.decode_work(&sequences, None, &mut work),
+    }
+    let scratch = lab.take(|arena| attention.take_scratch(arena, work.len()))?;
+    // SAFETY: the arena is alive.
+    unsafe { scratch.reset(&lab.stream)? };
+    let step = AttentionStep {
+        tables: lab.upload(&tables)?,
+        work: lab.upload(&work)?,
+        works: lab.upload(&[work.len() as u32])?,
+        window: None,
+    };
+    let next = Cell::new(0);
+    let time = lab.time(|stream| {
+        let layer = next.replace((next.get() + 1) % layers);
+        // SAFETY: the step describes what is allocated; the arena is alive.
+        unsafe {
+            match kind {
+                Kind::Prefill => attention.prefill(stream, &step, layer, qkv, out),
+                Kind::Decode => attention.decode(stream, &step, &scratch, layer, qkv, out),
+            }
+        }
+    })?;
+    let what = format!("attention {head_dim} ({name}) {count}x({past}+{tokens})");
+    let mut report = lab.report(&what, &[], 0.0);
+    report.time = Some(time);
+    let (n, past, dim) = (u64::from(tokens), u64::from(past), u64::from(head_dim));
+    match kind {
+        Kind::Prefill => {
+            let pairs = n * past + n * (n + 1) / 2;
+            report.operations = Some(4 * u64::from(count * heads) * pairs * dim);
+        }
+        Kind::Decode => report.bytes = Some(4 * u64::from(count * kv_heads) * (past + 1) * dim),
+    }
+    Ok(report)
+}
