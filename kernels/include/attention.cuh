@@ -23,7 +23,7 @@ struct Work {
 struct AttentionArgs {
   const bf16* q;  // queries of token 0; a head's elements lie together, a token's heads one after another
   bf16* out;      // [tokens, heads * head_dim]
-  const bf16* cache;
+  const uint8_t* cache;
   const uint32_t* tables;  // block ids
   const Work* work;
   const uint32_t* works;  // how much of it there is: on the device, so that a captured graph can vary it

@@ -1,13 +1,12 @@
 //! Where the model's keys and values lie: one pool of blocks, or two where some layers see only a
 //! window of the last positions.
 
-use half::bf16;
 use spate_executor::{KvMemory, LocalKv};
 use spate_model::ModelConfig;
 
 use crate::CudaError;
-use crate::driver::{Arena, Device, Slice};
-use crate::kernels::{Attention, AttentionModel, KvShape, Path};
+use crate::driver::{Arena, Device, Slice, Stream};
+use crate::kernels::{Attention, AttentionModel, KvDtype, KvShape, Path, UnpackBlocks};
 
 /// The kernels that copy rows of heads whose width is no multiple of 64 may read so far behind the
 /// last one.
@@ -36,7 +35,7 @@ impl KvPlan {
         max_batch_tokens: u32,
     ) -> Result<Self, CudaError> {
         let KvShape { block_size, .. } = attention.shape;
-        let layer_block = block_bytes(&attention.shape);
+        let layer_block = attention.shape.block_bytes() as u64;
         let mut plan = Self {
             attention,
             main: 0,
@@ -96,10 +95,8 @@ impl KvPlan {
     }
 
     fn shape(&self, blocks: u32) -> KvShape {
-        KvShape {
-            blocks,
-            ..self.attention.shape
-        }
+        let shape = self.attention.shape;
+        shape.with(shape.dtype(), blocks)
     }
 
     fn layers(&self, local: bool) -> usize {
@@ -107,13 +104,13 @@ impl KvPlan {
     }
 }
 
-fn block_bytes(shape: &KvShape) -> u64 {
-    (shape.block_len() * size_of::<bf16>()) as u64
+fn room(shape: &KvShape, layers: usize) -> u64 {
+    Arena::room_for::<u8>(layers * shape.layer_bytes() + BEHIND)
 }
 
-fn room(shape: &KvShape, layers: usize) -> u64 {
-    let elements = layers * shape.layer_len() + BEHIND / size_of::<bf16>();
-    Arena::room_for::<bf16>(elements)
+fn take(arena: &mut Arena, shape: &KvShape, layers: usize) -> Result<Slice<u8>, CudaError> {
+    let len = layers * shape.layer_bytes();
+    Ok(arena.take(len + BEHIND)?.range(0..len))
 }
 
 /// The pools, in GPU memory.
@@ -129,7 +126,7 @@ pub(crate) struct KvPools {
 pub(crate) struct Pool {
     pub(crate) shape: KvShape,
     /// `[layers][blocks]…`, see [`KvShape`].
-    pub(crate) cache: Slice<bf16>,
+    pub(crate) cache: Slice<u8>,
     pub(crate) attention: Attention,
 }
 
@@ -142,8 +139,7 @@ impl KvPools {
     ) -> Result<Self, CudaError> {
         let mut pool = |blocks: u32, layers: usize| {
             let shape = plan.shape(blocks);
-            let (len, behind) = (layers * shape.layer_len(), BEHIND / size_of::<bf16>());
-            let cache = arena.take(len + behind)?.range(0..len);
+            let cache = take(arena, &shape, layers)?;
             let model = AttentionModel {
                 shape,
                 ..plan.attention
@@ -181,5 +177,64 @@ impl KvPools {
         let (is_local, index) = self.layers[layer];
         let local = self.local.as_ref().filter(|_| is_local);
         (local.unwrap_or(&self.main), index)
+    }
+}
+
+/// One layer's KV of a few sequences in bfloat16: what prompts see of a cache of codes, which they read too
+/// often to unpack it each time.
+pub(crate) struct Unpacked {
+    kernel: UnpackBlocks,
+    pub(crate) blocks: u32,
+    memory: Slice<u8>,
+    /// Reads them.
+    pub(crate) attention: Attention,
+}
+
+impl Unpacked {
+    /// How many blocks there are room for: the longest sequence, and a step of short ones.
+    pub(crate) fn blocks(max_seq_len: usize, max_batch_tokens: usize, block_size: usize) -> u32 {
+        let blocks = max_seq_len.div_ceil(block_size) + max_batch_tokens.div_ceil(block_size);
+        // A launch's grid has no more.
+        blocks.clamp(max_seq_len.div_ceil(block_size), u16::MAX.into()) as u32
+    }
+
+    /// Bytes that [`new`](Self::new) takes.
+    pub(crate) fn bytes(shape: &KvShape, blocks: u32) -> u64 {
+        room(&shape.with(KvDtype::Bf16, blocks), 1)
+    }
+
+    /// Room for `blocks` of pools like those of `model`.
+    pub(crate) fn new(
+        device: &Device,
+        path: Path,
+        model: AttentionModel,
+        blocks: u32,
+        arena: &mut Arena,
+    ) -> Result<Self, CudaError> {
+        let shape = model.shape.with(KvDtype::Bf16, blocks);
+        let memory = take(arena, &shape, 1)?;
+        let model = AttentionModel { shape, ..model };
+        Ok(Self {
+            kernel: UnpackBlocks::load(device)?,
+            blocks,
+            memory,
+            attention: Attention::load(device, path, model, memory)?,
+        })
+    }
+
+    /// Fills it with blocks of a layer of a pool, in this order.
+    ///
+    /// # Safety
+    /// The blocks exist; all memory is alive until that has run.
+    pub(crate) unsafe fn fill(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        layer: usize,
+        blocks: Slice<u32>,
+    ) -> Result<(), CudaError> {
+        let (kernel, Pool { shape, cache, .. }) = (&self.kernel, pool);
+        // SAFETY: the caller vouches for it.
+        unsafe { kernel.launch(stream, shape, *cache, layer, blocks, self.memory) }
     }
 }

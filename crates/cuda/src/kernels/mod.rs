@@ -13,6 +13,7 @@ mod copy_blocks;
 mod embed;
 mod gemm;
 mod gemm_sm90a;
+mod kv;
 mod packed;
 mod rope;
 mod sample;
@@ -28,7 +29,8 @@ pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
 pub use gemm_sm90a::GemmHopper;
 pub use packed::{Form, Packed};
-pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
+pub use kv::{KvDtype, KvShape, UnpackBlocks};
+pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
     Top, Want,
