@@ -1,11 +1,13 @@
 //! The executor: weights, slots, lanes and the operations of a step.
 
 mod executor;
+mod graphs;
 mod lane;
 mod loader;
 mod ops;
 mod packer;
+mod ring;
 mod slots;
 mod step;
 
-pub use executor::{CudaConfig, CudaExecutor};
+pub use executor::{CudaConfig, CudaExecutor, Overlap};

@@ -1,15 +1,17 @@
-use spate_executor::{Batch, Input, Row};
+use spate_executor::{Batch, Input, Row, Ticket};
 use spate_types::BlockId;
 
 use super::packer::Packer;
 use super::slots::Slots;
 use crate::CudaError;
 use crate::driver::Slice;
-use crate::kernels::{Attention, AttentionStep, LAST, NONE, Sequence, Want, Work};
+use crate::kernels::{Attention, AttentionStep, LAST, NONE, NOWHERE, Sequence, Want, Work};
 
 /// A step, described on the host.
 #[derive(Debug, Default)]
 pub(crate) struct HostStep {
+    /// What its completion is known by: not 0.
+    pub(crate) ticket: u64,
     /// Token ids, or [`LAST`] and a slot.
     tokens: Vec<u32>,
     positions: Vec<u32>,
@@ -28,10 +30,30 @@ pub(crate) struct HostStep {
     words: Vec<u32>,
     /// Copied blocks: from, to.
     copies: Vec<u32>,
+    global: HostLists,
+    local: Option<HostLists>,
+}
+
+/// The attention work of a step, for one window.
+#[derive(Debug, Default)]
+struct HostLists {
+    window: Option<u32>,
+    prompts: Vec<Work>,
+    /// Several if one would need too much scratch memory.
+    decodes: Vec<WorkList>,
+}
+
+#[derive(Debug, Default)]
+struct WorkList {
+    work: Vec<Work>,
+    /// What follows is padding.
+    count: u32,
 }
 
 /// A step on the GPU.
 pub(crate) struct Step {
+    /// Everything of it.
+    pub(crate) packed: Slice<u8>,
     pub(crate) tokens: Slice<u32>,
     pub(crate) positions: Slice<u32>,
     pub(crate) places: Slice<u32>,
@@ -58,13 +80,13 @@ pub(crate) struct Describe<'a> {
     pub(crate) attention: &'a Attention,
     /// Work that fits into the decode scratch.
     pub(crate) max_works: usize,
-    /// Block tables of all slots.
-    pub(crate) tables: Slice<u32>,
+    pub(crate) block_size: u32,
     pub(crate) local_window: Option<u32>,
 }
 
 impl HostStep {
     pub(crate) fn clear(&mut self) {
+        self.ticket = 0;
         self.tokens.clear();
         self.positions.clear();
         self.places.clear();
@@ -75,18 +97,29 @@ impl HostStep {
         self.picks.clear();
         self.words.clear();
         self.copies.clear();
+        self.global = HostLists::default();
+        self.local = None;
     }
 
     /// Describes a batch whose shape was checked and whose slots are bound.
-    pub(crate) fn fill(&mut self, batch: &Batch, slots: &mut Slots, block_size: u32) {
+    pub(crate) fn fill(
+        &mut self,
+        ticket: Ticket,
+        batch: &Batch,
+        slots: &mut Slots,
+        d: &Describe<'_>,
+    ) {
         self.clear();
+        self.ticket = ticket.0 + 1;
         for copy in &batch.copies {
             self.copies.extend([copy.src.0, copy.dst.0]);
         }
         for row in &batch.rows {
             slots.update_table(row.slot, &row.blocks, &mut self.words);
-            self.push(row, slots, block_size);
+            self.push(row, slots, d.block_size);
         }
+        self.global = self.lists(d, None);
+        self.local = d.local_window.map(|window| self.lists(d, Some(window)));
     }
 
     fn push(&mut self, row: &Row, slots: &Slots, block_size: u32) {
@@ -132,14 +165,80 @@ impl HostStep {
         }
     }
 
-    /// Packs everything for the GPU.
-    pub(crate) fn pack(&self, packer: &mut Packer, d: &Describe<'_>) -> Result<Step, CudaError> {
-        let global = self.lists(packer, d, None)?;
-        let local = match d.local_window {
-            Some(window) => Some(self.lists(packer, d, Some(window))?),
-            None => None,
+    fn lists(&self, d: &Describe<'_>, window: Option<u32>) -> HostLists {
+        let mut lists = HostLists {
+            window,
+            ..HostLists::default()
         };
-        Ok(Step {
+        if !self.prompts.is_empty() {
+            d.attention
+                .prefill_work(&self.prompts, window, &mut lists.prompts);
+        }
+        let mut rest = &self.decodes[..];
+        while !rest.is_empty() {
+            // As many sequences as fit; one always does.
+            let (mut work, mut count) = (Vec::new(), rest.len());
+            loop {
+                d.attention.decode_work(&rest[..count], window, &mut work);
+                if work.len() <= d.max_works || count == 1 {
+                    break;
+                }
+                count = count.div_ceil(2);
+            }
+            lists.decodes.push(WorkList {
+                count: work.len() as u32,
+                work,
+            });
+            rest = &rest[count..];
+        }
+        lists
+    }
+
+    /// Whether [`pad`](Self::pad) can make it as large as any step of so many rows, all of which
+    /// decode and sample.
+    pub(crate) fn fits(&self, rows: usize) -> bool {
+        let one_list = |lists: &HostLists| lists.prompts.is_empty() && lists.decodes.len() <= 1;
+        self.copies.is_empty()
+            && self.tokens.len() <= rows
+            && self.wants.len() == self.tokens.len()
+            && self.words.len() <= words_room(rows)
+            && one_list(&self.global)
+            && self.local.as_ref().is_none_or(one_list)
+    }
+
+    /// Adds rows that do nothing, so that every step of that many rows is packed alike. They have no
+    /// place in the cache, no attention work and no slot.
+    pub(crate) fn pad(&mut self, rows: usize, d: &Describe<'_>) {
+        for row in self.tokens.len() as u32..rows as u32 {
+            self.tokens.push(0);
+            self.positions.push(0);
+            self.places.push(NOWHERE);
+            self.rows.extend([row, NONE]);
+            self.picks.push(row);
+            self.wants.push(Want {
+                slot: NONE,
+                row,
+                position: 0,
+                target: NONE,
+                sample: 0,
+            });
+        }
+        self.words.resize(words_room(rows), NOWHERE);
+        if let (None, Some(window)) = (&self.local, d.local_window) {
+            self.local = Some(self.lists(d, Some(window)));
+        }
+        for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
+            lists.decodes.resize_with(1, WorkList::default);
+            lists.decodes[0].work.resize(d.max_works, Work::default());
+        }
+    }
+
+    /// Packs everything for the GPU. `tables`: block tables of all slots.
+    pub(crate) fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<Step, CudaError> {
+        // The results' delivery looks for the ticket at the start.
+        packer.put(&[self.ticket])?;
+        let mut step = Step {
+            packed: Slice::null(),
             tokens: packer.put(&self.tokens)?,
             positions: packer.put(&self.positions)?,
             places: packer.put(&self.places)?,
@@ -148,48 +247,41 @@ impl HostStep {
             picks: packer.put(&self.picks)?,
             words: packer.put(&self.words)?,
             copies: packer.put(&self.copies)?,
-            global,
-            local,
-        })
+            global: self.global.pack(packer, tables)?,
+            local: match &self.local {
+                Some(local) => Some(local.pack(packer, tables)?),
+                None => None,
+            },
+        };
+        step.packed = packer.packed();
+        Ok(step)
     }
+}
 
-    fn lists(
-        &self,
-        packer: &mut Packer,
-        d: &Describe<'_>,
-        window: Option<u32>,
-    ) -> Result<AttentionLists, CudaError> {
-        let mut pack = |work: &[Work]| {
+impl HostLists {
+    fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
+        let mut pack = |work: &[Work], count: u32| {
             Ok::<_, CudaError>(AttentionStep {
-                tables: d.tables,
+                tables,
                 work: packer.put(work)?,
-                works: packer.put(&[work.len() as u32])?,
-                window,
+                works: packer.put(&[count])?,
+                window: self.window,
             })
         };
-        let mut work = Vec::new();
-        let prompts = match self.prompts.is_empty() {
-            true => None,
-            false => {
-                d.attention.prefill_work(&self.prompts, window, &mut work);
-                Some(pack(&work)?)
-            }
+        let prompts = match &self.prompts[..] {
+            [] => None,
+            work => Some(pack(work, work.len() as u32)?),
         };
-        let mut decodes = Vec::new();
-        let mut rest = &self.decodes[..];
-        while !rest.is_empty() {
-            // As many sequences as fit; one always does.
-            let mut count = rest.len();
-            loop {
-                d.attention.decode_work(&rest[..count], window, &mut work);
-                if work.len() <= d.max_works || count == 1 {
-                    break;
-                }
-                count = count.div_ceil(2);
-            }
-            decodes.push(pack(&work)?);
-            rest = &rest[count..];
-        }
-        Ok(AttentionLists { prompts, decodes })
+        let decodes = self.decodes.iter().map(|list| pack(&list.work, list.count));
+        Ok(AttentionLists {
+            prompts,
+            decodes: decodes.collect::<Result<_, _>>()?,
+        })
     }
+}
+
+/// Words for changes of block tables in a padded step: most rows change nothing, some get a block.
+/// A step that changes more is not padded.
+fn words_room(rows: usize) -> usize {
+    2 * (2 * rows + 32)
 }
