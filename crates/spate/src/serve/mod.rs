@@ -21,7 +21,6 @@ use tokio::task::JoinHandle;
 use crate::settings::{Loaded, LogFormat, LogLevel, SettingFlags, Settings};
 use banner::Banner;
 use load::Summary;
-pub(crate) use load::cpu_config;
 use signals::Signals;
 
 /// How long clients have to read why the daemon failed.
