@@ -124,6 +124,23 @@ impl Stream {
         .check("copying from the GPU")
     }
 
+    /// Queues a copy within the GPU's memory.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// Both stay allocated, and do not overlap, until the copy has run.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub unsafe fn copy<T: Plain>(&self, from: Slice<T>, to: Slice<T>) -> Result<(), CudaError> {
+        assert_eq!(from.len(), to.len(), "lengths of a copy");
+        // SAFETY: both stretches are as long; the caller vouches for their lives.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), from.bytes(), self.raw) }
+            .check("copying within the GPU")
+    }
+
     /// Queues a fill with a byte.
     ///
     /// # Errors

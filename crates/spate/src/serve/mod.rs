@@ -26,6 +26,10 @@ use signals::Signals;
 /// How long clients have to read why the daemon failed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// How long a failed process may take to end after that: a driver's own clean-up can wait forever
+/// for a GPU that hangs.
+const LAST_RESORT: Duration = Duration::from_secs(5);
+
 /// Serve a model over HTTP
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
@@ -172,6 +176,10 @@ impl Daemon {
         };
         if let Some(failure) = failure {
             tracing::error!("{failure:#}");
+            std::thread::spawn(|| {
+                std::thread::sleep(LAST_WORDS + LAST_RESORT);
+                std::process::abort();
+            });
             // The streams have their error by now; a moment to write it to the sockets.
             let _cut_off = tokio::time::timeout(LAST_WORDS, self.drain()).await;
             return Err(failure);
