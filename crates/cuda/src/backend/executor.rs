@@ -8,6 +8,7 @@ use spate_executor::{
 use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
+use super::kv::{KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
 use super::loader::{CudaLoader, weight_bytes};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
@@ -91,14 +92,12 @@ impl CudaExecutor {
         let weights_arena = loader.finish()?;
         let plan = Plan::new(&device, &model, config, weight_bytes)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
-        let cache = main.take(model.layers * plan.kv.layer_len())?;
+        let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
-        let attention = Attention::load(&device, Path::best(&device), plan.attention, cache)?;
         let stream = Stream::new(&device, Priority::High)?;
         let shared = Arc::new(Shared {
-            kernels: Kernels::load(&device, attention)?,
-            kv: plan.kv,
-            cache,
+            kernels: Kernels::load(&device)?,
+            pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,
             config: model,
@@ -110,8 +109,8 @@ impl CudaExecutor {
         let lane_arena = Arena::new(&device, "activations", shared.lane_bytes(plan.max_works))?;
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", cache.bytes() as u64),
-            ("slots", main.size() - cache.bytes() as u64),
+            ("KV cache", plan.kv.bytes()),
+            ("slots", main.size() - plan.kv.bytes()),
             ("activations", lane_arena.size()),
         ];
         let ops = CudaOps::new(shared, stream, lane_arena, plan.max_works)?;
@@ -249,9 +248,7 @@ fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError
 
 /// Sizes, decided before memory is taken.
 struct Plan {
-    kv: KvShape,
-    layers: usize,
-    attention: AttentionModel,
+    kv: KvPlan,
     slots: SlotSizes,
     max_seq_len: u32,
     logit_tile: usize,
@@ -273,7 +270,7 @@ impl Plan {
         };
         let max_blocks = max_seq_len.div_ceil(config.block_size) as usize;
         let slots = config.slots as usize;
-        let mut kv = KvShape {
+        let shape = KvShape {
             blocks: 0,
             kv_heads: model.kv_heads as u32,
             block_size: config.block_size,
@@ -281,7 +278,7 @@ impl Plan {
         };
         let attention = AttentionModel {
             heads: model.heads as u32,
-            shape: kv,
+            shape,
             scale: model.attention_scale,
             softcap: None,
         };
@@ -295,6 +292,7 @@ impl Plan {
             slots,
             vocab: model.vocab_size,
             max_blocks,
+            tables: 1 + usize::from(model.local.is_some()),
             max_seq_len: max_seq_len as usize,
         };
         // A split has at least 256 positions.
@@ -304,38 +302,28 @@ impl Plan {
         // Twice for layers with and without a window.
         let work =
             2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + slots * (2 + splits));
-        let mut plan = Self {
-            kv,
-            layers: model.layers,
-            attention,
-            slots: sizes,
-            max_seq_len,
-            logit_tile: LOGIT_TILE.min(tokens),
-            max_works,
-            packed_bytes: 0,
-            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
-        };
+        let logit_tile = LOGIT_TILE.min(tokens);
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let used = weight_bytes + DRIVER_RESERVE + plan.activation_estimate(model, tokens);
+                let activations = activation_estimate(model, tokens, logit_tile, max_works);
+                let used = weight_bytes + DRIVER_RESERVE + activations;
                 total.saturating_sub(used + sizes.bytes()).min(free)
             }
         };
-        let block_bytes = (model.layers * kv.block_len() * 2) as u64;
-        kv.blocks = (budget / block_bytes).min(u64::from(u32::MAX / config.block_size)) as u32;
-        if kv.blocks == 0 {
-            return Err(CudaError::OutOfMemory {
-                what: "one block of the KV cache",
-                bytes: block_bytes,
-                free: budget,
-            });
-        }
-        (plan.kv, plan.attention.shape) = (kv, kv);
-        plan.packed_bytes = Packer::room_for(&[
+        let kv = KvPlan::new(
+            model,
+            attention,
+            budget,
+            max_seq_len,
+            config.max_batch_tokens,
+        )?;
+        let copies = kv.blocks() + kv.local().map_or(0, |local| local.blocks);
+        let packed_bytes = Packer::room_for(&[
+            4 * tokens,
             4 * tokens,
             4 * tokens,
             4 * tokens,
@@ -343,26 +331,25 @@ impl Plan {
             size_of::<Want>() * tokens,
             8 * slots,
             work,
-            8 * slots * max_blocks,
-            8 * kv.blocks as usize,
+            8 * sizes.tables * slots * max_blocks,
+            8 * copies as usize,
             // Alignment of each array: binds, and attention steps in parts.
             256 * (slots + 8 * (slots + 4)),
         ]);
-        Ok(plan)
-    }
-
-    /// A lane's memory and the descriptions, roughly: to leave room for them.
-    fn activation_estimate(&self, model: &ModelConfig, tokens: usize) -> u64 {
-        let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
-        let logits = self.logit_tile * (4 * model.vocab_size + 2 * model.hidden);
-        let scratch = self.max_works * model.heads * (model.head_dim + 2) * 4;
-        (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
+        Ok(Self {
+            kv,
+            slots: sizes,
+            max_seq_len,
+            logit_tile,
+            max_works,
+            packed_bytes,
+            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
+        })
     }
 
     fn main_bytes(&self) -> u64 {
-        let cache = (self.layers * self.kv.layer_len() * 2) as u64;
         let packed = self.packed_bytes.next_multiple_of(256) as u64;
-        cache.next_multiple_of(256) + self.slots.bytes() + packed + self.rate_bytes
+        self.kv.bytes() + self.slots.bytes() + packed + self.rate_bytes
     }
 
     fn rotations(
@@ -390,14 +377,27 @@ impl Plan {
     fn capacity(&self, config: &CudaConfig) -> Capacity {
         Capacity {
             slots: config.slots,
-            blocks: self.kv.blocks,
+            blocks: self.kv.blocks(),
             block_size: config.block_size,
             max_batch_tokens: config.max_batch_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
             lanes: vec![LaneId::Main],
             depth: DEPTH as u32,
-            local: None,
+            local: self.kv.local(),
         }
     }
+}
+
+/// A lane's memory and the descriptions, roughly: to leave room for them.
+fn activation_estimate(
+    model: &ModelConfig,
+    tokens: usize,
+    logit_tile: usize,
+    max_works: usize,
+) -> u64 {
+    let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
+    let logits = logit_tile * (4 * model.vocab_size + 2 * model.hidden);
+    let scratch = max_works * model.heads * (model.head_dim + 2) * 4;
+    (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
 }

@@ -101,13 +101,18 @@ impl Lane {
         for (slot, bind, _) in &bound {
             slots.note(*slot, bind);
         }
-        self.step.fill(batch, slots, shared.kv.block_size);
+        self.step
+            .fill(batch, slots, shared.pools.main.shape.block_size);
         let local = shared.config.local.as_ref();
+        let further = match shared.pools.local {
+            Some(_) => slots.local_tables(),
+            None => 0,
+        };
         let describe = Describe {
-            attention: &shared.kernels.attention,
+            attention: &shared.pools.main.attention,
             max_works,
             tables: slots.tables,
-            local_window: local.map(|local| local.window as u32),
+            local: local.map(|local| (local.window as u32, further)),
         };
         let mut step = self.step.pack(&mut buffers.packer, &describe)?;
 

@@ -1,6 +1,7 @@
 //! The executor: weights, slots, lanes and the operations of a step.
 
 mod executor;
+mod kv;
 mod lane;
 mod loader;
 mod ops;

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
+use super::kv::{KvPools, Pool};
 use super::loader::Matrix;
 use super::step::Step;
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
-    ActMul, AddRmsNorm, Attention, Chosen, CopyBlocks, DecodeScratch, Embed, KvShape, MAX_TOP,
-    Output, Product, QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
+    ActMul, AddRmsNorm, Chosen, CopyBlocks, DecodeScratch, Embed, MAX_TOP, Output, Product,
+    QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
 };
 use crate::linear::Linear;
 
@@ -24,21 +25,19 @@ pub(crate) struct Kernels {
     pub(crate) act_mul: ActMul,
     pub(crate) linear: Linear,
     pub(crate) rope: Rope,
-    pub(crate) attention: Attention,
     pub(crate) sample: Sample,
     pub(crate) copy_blocks: CopyBlocks,
     pub(crate) scatter: Scatter,
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device, attention: Attention) -> Result<Self, CudaError> {
+    pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
         Ok(Self {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
             linear: Linear::load(device)?,
             rope: Rope::load(device)?,
-            attention,
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,
             scatter: Scatter::load(device)?,
@@ -50,9 +49,7 @@ impl Kernels {
 pub(crate) struct Shared {
     pub(crate) kernels: Kernels,
     pub(crate) config: ModelConfig,
-    pub(crate) kv: KvShape,
-    /// `[layers][blocks]…`, see [`KvShape`].
-    pub(crate) cache: Slice<bf16>,
+    pub(crate) pools: KvPools,
     pub(crate) slots: SlotMemory,
     /// Rotation of layers that see everything, and of those with a window.
     pub(crate) rotations: [Option<Rates>; 2],
@@ -118,7 +115,7 @@ impl Shared {
             + act(c.ffn)
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
-            + self.kernels.attention.scratch_bytes(max_works)
+            + self.pools.main.attention.scratch_bytes(max_works)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
             + Arena::room_for::<u32>(self.max_rows)
@@ -136,7 +133,7 @@ impl CudaOps {
         max_works: usize,
     ) -> Result<Self, CudaError> {
         let n = shared.max_tokens;
-        let attention = &shared.kernels.attention;
+        let attention = &shared.pools.main.attention;
         let decode = attention.take_scratch(&mut arena, max_works)?;
         let rotations = [
             arena.take(2 * n * shared.pairs(0))?,
@@ -170,7 +167,11 @@ impl CudaOps {
         // as the lane.
         unsafe {
             let copies = &s.kernels.copy_blocks;
-            copies.launch(&self.stream, &s.kv, step.copies, s.cache)?;
+            let main = &s.pools.main;
+            copies.launch(&self.stream, &main.shape, step.copies, main.cache)?;
+            if let Some(local) = &s.pools.local {
+                copies.launch(&self.stream, &local.shape, step.local_copies, local.cache)?;
+            }
             s.kernels.scatter.launch(&self.stream, step.words, tables)
         }
     }
@@ -282,28 +283,32 @@ impl Ops for CudaOps {
         qkv: &mut Act,
     ) -> Result<(), CudaError> {
         let s = &self.shared;
+        let (pool, pool_layer) = s.pools.of(layer);
         let model = QkNormRopeAppend {
             heads: s.config.heads as u32,
-            shape: s.kv,
+            shape: pool.shape,
             pairing: s.config.rope(layer).pairing,
             pairs: (s.config.rope(layer).dims / 2) as u32,
             eps: s.config.norm_eps,
         };
         let rotations = self.rotations[self.rotation_of(layer)];
         let norms = norms.map(|(q, k)| (*q, *k));
-        let (places, qkv) = (step.places, qkv.data);
+        let places = match s.pools.is_local(layer) {
+            true => step.local_places,
+            false => step.places,
+        };
         // SAFETY: see above.
         unsafe {
             let rope = &s.kernels.rope;
             rope.append(
                 &self.stream,
                 &model,
-                layer,
+                pool_layer,
                 norms,
                 rotations,
                 places,
-                qkv,
-                s.cache,
+                qkv.data,
+                pool.cache,
             )
         }
     }
@@ -315,7 +320,7 @@ impl Ops for CudaOps {
         qkv: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let attention = &self.shared.kernels.attention;
+        let (Pool { attention, .. }, pool_layer) = self.shared.pools.of(layer);
         let lists = match self.shared.config.window(layer) {
             Some(_) => step
                 .local
@@ -326,11 +331,18 @@ impl Ops for CudaOps {
         // SAFETY: see above. Steps of a lane run one after another, so the scratch is theirs.
         unsafe {
             if let Some(prompts) = &lists.prompts {
-                attention.prefill(&self.stream, prompts, layer, qkv.data, out.data)?;
+                attention.prefill(&self.stream, prompts, pool_layer, qkv.data, out.data)?;
             }
             for decode in &lists.decodes {
                 let scratch = &self.decode;
-                attention.decode(&self.stream, decode, scratch, layer, qkv.data, out.data)?;
+                attention.decode(
+                    &self.stream,
+                    decode,
+                    scratch,
+                    pool_layer,
+                    qkv.data,
+                    out.data,
+                )?;
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
-use spate_executor::Bind;
-use spate_types::{BlockId, BlockIds, SamplingParams, Slot, TokenId};
+use spate_executor::{Bind, Row};
+use spate_types::{BlockId, BlockIds, LocalBlocks, SamplingParams, Slot, TokenId};
 
 use super::packer::Packer;
 use crate::CudaError;
@@ -13,7 +13,8 @@ use crate::kernels::{MAX_EDITS, Sample, SlotMemory, SlotParams};
 pub(crate) struct Slots {
     host: Vec<Option<HostSlot>>,
     pub(crate) memory: SlotMemory,
-    /// `[slots, max_blocks]`: block ids of each sequence.
+    /// `[pools, slots, max_blocks]`: block ids of each sequence, in the main pool and in that of layers
+    /// with a window.
     pub(crate) tables: Slice<u32>,
     pub(crate) max_blocks: usize,
     /// A prompt on its way to the penalty counts.
@@ -25,8 +26,9 @@ pub(crate) struct Slots {
 pub(crate) struct HostSlot {
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) sampling: Arc<SamplingParams>,
-    /// What the table on the GPU holds.
+    /// What the tables on the GPU hold.
     table: BlockIds,
+    local: LocalBlocks,
 }
 
 /// Sizes of [`Slots`].
@@ -35,6 +37,8 @@ pub(crate) struct SlotSizes {
     pub(crate) slots: usize,
     pub(crate) vocab: usize,
     pub(crate) max_blocks: usize,
+    /// Pools in which a sequence may have blocks.
+    pub(crate) tables: usize,
     pub(crate) max_seq_len: usize,
 }
 
@@ -46,7 +50,7 @@ impl SlotSizes {
             + Arena::room_for::<u64>(slots * MAX_EDITS)
             + Arena::room_for::<u16>(slots * vocab)
             + 2 * Arena::room_for::<u32>(slots)
-            + Arena::room_for::<u32>(slots * self.max_blocks)
+            + Arena::room_for::<u32>(self.tables * slots * self.max_blocks)
             + Arena::room_for::<u32>(self.max_seq_len)
     }
 }
@@ -57,6 +61,7 @@ impl Slots {
             slots,
             vocab,
             max_blocks,
+            tables,
             max_seq_len,
         } = sizes;
         Ok(Self {
@@ -68,7 +73,7 @@ impl Slots {
                 generated: arena.take(slots)?,
                 last: arena.take(slots)?,
             },
-            tables: arena.take(slots * max_blocks)?,
+            tables: arena.take(tables * slots * max_blocks)?,
             max_blocks,
             prompt: arena.take(max_seq_len)?,
             vocab,
@@ -97,6 +102,7 @@ impl Slots {
             prompt: bind.prompt.clone(),
             sampling: bind.sampling.clone(),
             table: BlockIds::default(),
+            local: LocalBlocks::default(),
         });
     }
 
@@ -131,20 +137,42 @@ impl Slots {
         Ok(())
     }
 
-    /// Appends what changed in a sequence's table to `words`, as [`crate::kernels::Scatter`] takes it.
-    pub(crate) fn update_table(&mut self, slot: Slot, blocks: &BlockIds, words: &mut Vec<u32>) {
-        let at = slot.0 as usize;
-        let host = self.host[at].as_mut().expect("the slot is bound");
-        if Arc::ptr_eq(&host.table, blocks) {
-            return;
-        }
-        let old: &[BlockId] = &host.table;
-        for (i, block) in blocks.iter().enumerate().take(self.max_blocks) {
-            if old.get(i) != Some(block) {
-                words.extend([(at * self.max_blocks + i) as u32, block.0]);
+    /// Where a slot's blocks begin in [`tables`](Self::tables); [`local_tables`](Self::local_tables) further
+    /// on those of the other pool.
+    pub(crate) fn table(&self, slot: Slot) -> u32 {
+        slot.0 * self.max_blocks as u32
+    }
+
+    /// From a slot's blocks in the main pool to those in the pool of layers with a window.
+    pub(crate) fn local_tables(&self) -> u32 {
+        (self.host.len() * self.max_blocks) as u32
+    }
+
+    /// Appends what changed in a row's tables to `words`, as [`crate::kernels::Scatter`] takes it.
+    pub(crate) fn update_tables(&mut self, row: &Row, words: &mut Vec<u32>) {
+        let at = self.table(row.slot);
+        let local_at = at + self.local_tables();
+        let most = self.max_blocks;
+        let host = self.host[row.slot.0 as usize].as_mut();
+        let host = host.expect("the slot is bound");
+        if !Arc::ptr_eq(&host.table, &row.blocks) {
+            for (i, block) in row.blocks.iter().enumerate().take(most) {
+                if host.table.get(i) != Some(block) {
+                    words.extend([at + i as u32, block.0]);
+                }
             }
+            host.table = row.blocks.clone();
         }
-        host.table = blocks.clone();
+        let same = Arc::ptr_eq(&host.local.blocks, &row.local.blocks);
+        if !same || host.local.first != row.local.first {
+            for i in row.local.first as usize..row.local.end().min(most) {
+                let block = row.local.get(i);
+                if let Some(BlockId(id)) = block.filter(|_| host.local.get(i) != block) {
+                    words.extend([local_at + i as u32, id]);
+                }
+            }
+            host.local = row.local.clone();
+        }
     }
 
     /// Packs what [`bind`](Self::bind) needs.

@@ -1,4 +1,4 @@
-use spate_executor::{Batch, Input, Row};
+use spate_executor::{Batch, BlockCopy, Input, Row};
 use spate_types::BlockId;
 
 use super::packer::Packer;
@@ -15,6 +15,8 @@ pub(crate) struct HostStep {
     positions: Vec<u32>,
     /// Where each token's key and value go.
     places: Vec<u32>,
+    /// The same in the pool of layers with a window, if there is one.
+    local_places: Vec<u32>,
     /// Index of each row's last token; the slot whose last token is its input, or [`NONE`].
     rows: Vec<u32>,
     /// Rows with given tokens: prompts, whole or in chunks.
@@ -28,6 +30,7 @@ pub(crate) struct HostStep {
     words: Vec<u32>,
     /// Copied blocks: from, to.
     copies: Vec<u32>,
+    local_copies: Vec<u32>,
 }
 
 /// A step on the GPU.
@@ -35,12 +38,14 @@ pub(crate) struct Step {
     pub(crate) tokens: Slice<u32>,
     pub(crate) positions: Slice<u32>,
     pub(crate) places: Slice<u32>,
+    pub(crate) local_places: Slice<u32>,
     pub(crate) rows: Slice<u32>,
     pub(crate) wants: Slice<Want>,
     /// Index of each wanted position's token.
     pub(crate) picks: Slice<u32>,
     pub(crate) words: Slice<u32>,
     pub(crate) copies: Slice<u32>,
+    pub(crate) local_copies: Slice<u32>,
     /// Attention of layers that see everything, and of those with a window.
     pub(crate) global: AttentionLists,
     pub(crate) local: Option<AttentionLists>,
@@ -60,7 +65,8 @@ pub(crate) struct Describe<'a> {
     pub(crate) max_works: usize,
     /// Block tables of all slots.
     pub(crate) tables: Slice<u32>,
-    pub(crate) local_window: Option<u32>,
+    /// Window of the layers that have one, and how much further on in `tables` their pool's are.
+    pub(crate) local: Option<(u32, u32)>,
 }
 
 impl HostStep {
@@ -68,6 +74,7 @@ impl HostStep {
         self.tokens.clear();
         self.positions.clear();
         self.places.clear();
+        self.local_places.clear();
         self.rows.clear();
         self.prompts.clear();
         self.decodes.clear();
@@ -75,16 +82,20 @@ impl HostStep {
         self.picks.clear();
         self.words.clear();
         self.copies.clear();
+        self.local_copies.clear();
     }
 
     /// Describes a batch whose shape was checked and whose slots are bound.
     pub(crate) fn fill(&mut self, batch: &Batch, slots: &mut Slots, block_size: u32) {
         self.clear();
-        for copy in &batch.copies {
-            self.copies.extend([copy.src.0, copy.dst.0]);
-        }
+        let pairs = |copies: &[BlockCopy]| {
+            let pairs = copies.iter().flat_map(|copy| [copy.src.0, copy.dst.0]);
+            pairs.collect::<Vec<u32>>()
+        };
+        self.copies.extend(pairs(&batch.copies));
+        self.local_copies.extend(pairs(&batch.local_copies));
         for row in &batch.rows {
-            slots.update_table(row.slot, &row.blocks, &mut self.words);
+            slots.update_tables(row, &mut self.words);
             self.push(row, slots, block_size);
         }
     }
@@ -95,7 +106,7 @@ impl HostStep {
             token: first,
             tokens: count,
             position: row.start,
-            table: row.slot.0 * slots.max_blocks as u32,
+            table: slots.table(row.slot),
         };
         let from_last = match &row.input {
             Input::Tokens(tokens) => {
@@ -113,9 +124,11 @@ impl HostStep {
         self.rows.extend([first + count - 1, from_last]);
         let prompt = &slots.get(row.slot).prompt;
         for position in row.start..row.end() {
-            let BlockId(block) = row.blocks[(position / block_size) as usize];
+            let of = (position / block_size) as usize;
+            let place = |BlockId(block)| block * block_size + position % block_size;
             self.positions.push(position);
-            self.places.push(block * block_size + position % block_size);
+            self.places.push(place(row.blocks[of]));
+            self.local_places.extend(row.local.get(of).map(place));
             let next = position + 1;
             let target = prompt.get(next as usize).filter(|_| row.prompt_logprobs);
             let sample = row.sample && next == row.end();
@@ -134,62 +147,78 @@ impl HostStep {
 
     /// Packs everything for the GPU.
     pub(crate) fn pack(&self, packer: &mut Packer, d: &Describe<'_>) -> Result<Step, CudaError> {
-        let global = self.lists(packer, d, None)?;
-        let local = match d.local_window {
-            Some(window) => Some(self.lists(packer, d, Some(window))?),
+        let global = lists(packer, d, &self.prompts, &self.decodes, None)?;
+        let local = match d.local {
+            Some((window, further)) => {
+                let local = |of: &[Sequence]| -> Vec<Sequence> {
+                    let moved = |s: &Sequence| Sequence {
+                        table: s.table + further,
+                        ..*s
+                    };
+                    of.iter().map(moved).collect()
+                };
+                let (prompts, decodes) = (local(&self.prompts), local(&self.decodes));
+                Some(lists(packer, d, &prompts, &decodes, Some(window))?)
+            }
             None => None,
         };
         Ok(Step {
             tokens: packer.put(&self.tokens)?,
             positions: packer.put(&self.positions)?,
             places: packer.put(&self.places)?,
+            local_places: packer.put(&self.local_places)?,
             rows: packer.put(&self.rows)?,
             wants: packer.put(&self.wants)?,
             picks: packer.put(&self.picks)?,
             words: packer.put(&self.words)?,
             copies: packer.put(&self.copies)?,
+            local_copies: packer.put(&self.local_copies)?,
             global,
             local,
         })
     }
+}
 
-    fn lists(
-        &self,
-        packer: &mut Packer,
-        d: &Describe<'_>,
-        window: Option<u32>,
-    ) -> Result<AttentionLists, CudaError> {
-        let mut pack = |work: &[Work]| {
-            Ok::<_, CudaError>(AttentionStep {
-                tables: d.tables,
-                work: packer.put(work)?,
-                works: packer.put(&[work.len() as u32])?,
-                window,
-            })
-        };
-        let mut work = Vec::new();
-        let prompts = match self.prompts.is_empty() {
-            true => None,
-            false => {
-                d.attention.prefill_work(&self.prompts, window, &mut work);
-                Some(pack(&work)?)
-            }
-        };
-        let mut decodes = Vec::new();
-        let mut rest = &self.decodes[..];
-        while !rest.is_empty() {
-            // As many sequences as fit; one always does.
-            let mut count = rest.len();
-            loop {
-                d.attention.decode_work(&rest[..count], window, &mut work);
-                if work.len() <= d.max_works || count == 1 {
-                    break;
-                }
-                count = count.div_ceil(2);
-            }
-            decodes.push(pack(&work)?);
-            rest = &rest[count..];
+/// The attention work of sequences in one pool.
+fn lists(
+    packer: &mut Packer,
+    d: &Describe<'_>,
+    prompts: &[Sequence],
+    decodes: &[Sequence],
+    window: Option<u32>,
+) -> Result<AttentionLists, CudaError> {
+    let mut pack = |work: &[Work]| {
+        Ok::<_, CudaError>(AttentionStep {
+            tables: d.tables,
+            work: packer.put(work)?,
+            works: packer.put(&[work.len() as u32])?,
+            window,
+        })
+    };
+    let mut work = Vec::new();
+    let prompts = match prompts.is_empty() {
+        true => None,
+        false => {
+            d.attention.prefill_work(prompts, window, &mut work);
+            Some(pack(&work)?)
         }
-        Ok(AttentionLists { prompts, decodes })
+    };
+    let (mut steps, mut rest) = (Vec::new(), decodes);
+    while !rest.is_empty() {
+        // As many sequences as fit; one always does.
+        let mut count = rest.len();
+        loop {
+            d.attention.decode_work(&rest[..count], window, &mut work);
+            if work.len() <= d.max_works || count == 1 {
+                break;
+            }
+            count = count.div_ceil(2);
+        }
+        steps.push(pack(&work)?);
+        rest = &rest[count..];
     }
+    Ok(AttentionLists {
+        prompts,
+        decodes: steps,
+    })
 }
