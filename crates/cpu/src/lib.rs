@@ -17,6 +17,7 @@ mod philox;
 mod pool;
 mod rope;
 mod sampler;
+pub mod selftest;
 mod slots;
 mod step;
 mod weights;
