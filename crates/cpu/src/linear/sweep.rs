@@ -88,8 +88,8 @@ impl<P: Panels> Sweeping<'_, P> {
     #[inline(always)]
     fn tile<V: Lanes, const T: usize>(&self, v: V, panel: usize, token: usize) -> usize {
         let tile = self.weights.tile::<V, T>(v, panel, token);
-        for (t, values) in tile.into_iter().enumerate() {
-            self.sweep.store(panel, token + t, &v.store(values).0);
+        for t in 0..T {
+            self.sweep.store(panel, token + t, &v.store(tile[t]).0);
         }
         T
     }
