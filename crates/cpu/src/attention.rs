@@ -5,11 +5,11 @@
 //! prompt into chunks, batching and block placement change the order of nothing, so they change no
 //! bit.
 //!
-//! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
+//! Per tile and query: 16 scores, each the sum over the head's elements, 16 by 16 from the first on;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
-//! Of int8 keys, the sum over each group of elements is multiplied by the group's scale and added to
-//! the score; the scales of int8 values multiply the weights.
+//! Of int8 keys, the sum over each 16 elements is multiplied by their scale; the scales of int8 values
+//! multiply the weights.
 //!
 //! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
 //! the instruction set and so not inlined.
@@ -27,6 +27,10 @@ mod tests;
 /// Largest head that fits the buffers below.
 pub(crate) const MAX_HEAD_DIM: usize = 512;
 const MAX_LINES: usize = MAX_HEAD_DIM / TILE;
+
+/// How many tiles ahead a decode asks for: the CPU by itself looks no further than the page that it
+/// reads, and a tile is not much smaller. Queries of a prompt share a tile while it is in the cache.
+const AHEAD: usize = 2;
 
 /// The queries of some consecutive positions of one sequence that read the same key/value head.
 pub(crate) struct Attention<'a, C> {
@@ -121,6 +125,12 @@ impl<C: KvLine> Attention<'_, C> {
         let oldest = |n: usize| (position(n) + 1).saturating_sub(self.window);
         let first_tile = oldest(0) / TILE * TILE;
         for start in (first_tile..=position(N - 1)).step_by(TILE) {
+            let later = start + AHEAD * TILE;
+            if self.tokens == 1 && later <= position(0) {
+                let (keys, values) = self.kv.tile(self.shape, self.pages, later);
+                v.prefetch(keys.lines);
+                v.prefetch(values.lines);
+            }
             let (keys, values) = self.kv.tile(self.shape, self.pages, start);
             let scores = queries.scores(v, keys);
             // What each query may see of the tile.
@@ -154,20 +164,19 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
     fn scores<V: Lanes, C: KvLine>(&self, v: V, tile: Tile<'_, C>) -> [V::F; N] {
         let mut scores = [v.splat(0.0); N];
         for (line, keys) in tile.lines.chunks_exact(GROUP).enumerate() {
-            let mut sums = if C::SCALED { [v.splat(0.0); N] } else { scores };
+            let mut sums = [v.splat(0.0); N];
             for (i, key) in keys.iter().enumerate() {
                 let key = key.load(v);
                 for n in 0..N {
                     sums[n] = v.mul_add(v.splat(self.q[n][line].0[i]), key, sums[n]);
                 }
             }
-            if C::SCALED {
-                let scale = tile.scales[line].load(v);
-                for n in 0..N {
-                    scores[n] = v.mul_add(sums[n], scale, scores[n]);
-                }
-            } else {
-                scores = sums;
+            let scale = match C::SCALED {
+                true => tile.scales[line].load(v),
+                false => v.splat(1.0),
+            };
+            for n in 0..N {
+                scores[n] = v.mul_add(sums[n], scale, scores[n]);
             }
         }
         scores
