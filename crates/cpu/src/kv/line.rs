@@ -68,6 +68,18 @@ impl Column for I8x16 {
         self.0[lane] = value.round_ties_even().clamp(-127.0, 127.0) as i8;
     }
 
+    fn from_floats(values: &[f32; 16]) -> Self {
+        let mut out = Self::ZERO;
+        for (lane, &value) in values.iter().enumerate() {
+            out.set(lane, value);
+        }
+        out
+    }
+
+    fn set_from(&mut self, lane: usize, other: &Self, from: usize) {
+        self.0[lane] = other.0[from];
+    }
+
     fn get(&self, lane: usize) -> f32 {
         f32::from(self.0[lane])
     }
