@@ -4,7 +4,7 @@
 // cache  codes, see kv.cuh and kv_packed.cuh;  blocks  u32 [n]
 // out    the layout of a cache of one layer, n blocks and KV_BF16
 //
-// Launch: grid (slices, n): `slices` blocks of threads share a block of the cache.
+// Launch: grid (n, slices): `slices` blocks of threads share a block of the cache.
 // Roofline: 3 bytes per element and its scale.
 #include "kv_packed.cuh"
 #include "ptx.cuh"
@@ -16,9 +16,9 @@ extern "C" __global__ void __launch_bounds__(256)
   wait_for_previous();
   const uint32_t pieces = shape.head_dim / 16, tile_pieces = shape.block_size * pieces;
   const uint32_t tiles = 2 * shape.kv_heads, scales = shape.scales();
-  const uint8_t* const from = cache + shape.key_tile(layer, blocks[blockIdx.y], 0);
-  uint4* const to = out + size_t(blockIdx.y) * tiles * tile_pieces * 2;
-  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < tiles * tile_pieces; i += gridDim.x * blockDim.x) {
+  const uint8_t* const from = cache + shape.key_tile(layer, blocks[blockIdx.x], 0);
+  uint4* const to = out + size_t(blockIdx.x) * tiles * tile_pieces * 2;
+  for (uint32_t i = blockIdx.y * blockDim.x + threadIdx.x; i < tiles * tile_pieces; i += gridDim.y * blockDim.x) {
     const uint32_t in_tile = i % tile_pieces;
     const uint8_t* const tile = from + i / tile_pieces * shape.tile();
     const bf16* const tile_scales = reinterpret_cast<const bf16*>(tile + shape.block_size * shape.head_dim);

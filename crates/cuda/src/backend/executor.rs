@@ -9,7 +9,7 @@ use spate_executor::{
 use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
-use super::kv::{KvPlan, KvPools};
+use super::kv::{self, KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
 use super::loader::{CudaLoader, weight_bytes};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
@@ -18,7 +18,8 @@ use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Priority, Stream};
 use crate::kernels::{
-    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope, Want, Work,
+    AddRmsNorm, Attention, AttentionModel, KvDtype, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope,
+    Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -51,6 +52,8 @@ pub struct CudaConfig {
     pub block_size: u32,
     /// Size of the KV pool; `None` takes what [`memory_utilization`](Self::memory_utilization) leaves.
     pub kv_cache_bytes: Option<u64>,
+    /// How the KV cache is stored.
+    pub kv_dtype: KvDtype,
     /// Share of the GPU's memory to use, in (0, 1].
     pub memory_utilization: f32,
     /// Most positions in one sequence; 0 takes the model's context length.
@@ -350,12 +353,13 @@ impl Plan {
         };
         let max_blocks = max_seq_len.div_ceil(config.block_size) as usize;
         let slots = config.slots as usize;
-        let shape = KvShape {
-            blocks: 0,
-            kv_heads: model.kv_heads as u32,
-            block_size: config.block_size,
-            head_dim: model.head_dim as u32,
-        };
+        let shape = KvShape::new(
+            config.kv_dtype,
+            0,
+            model.kv_heads as u32,
+            config.block_size,
+            model.head_dim as u32,
+        );
         let attention = AttentionModel {
             heads: model.heads as u32,
             shape,
@@ -402,7 +406,8 @@ impl Plan {
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let activations = activation_estimate(model, tokens, logit_tile, max_works);
+                let activations = activation_estimate(model, tokens, logit_tile, max_works)
+                    + kv::unpacked_bytes(&shape, max_seq_len, config.max_batch_tokens);
                 let used = weight_bytes + DRIVER_RESERVE + lanes * activations;
                 total.saturating_sub(used + sizes.bytes()).min(free)
             }
@@ -415,6 +420,8 @@ impl Plan {
             config.max_batch_tokens,
         )?;
         let copies = kv.blocks() + kv.local().map_or(0, |local| local.blocks);
+        // Of prompts, blocks to unpack and tables of them, in both pools.
+        let unpacked = 16 * usize::from(shape.is_packed()) * slots * max_blocks;
         let packed_bytes = Packer::room_for(&[
             4 * tokens,
             4 * tokens,
@@ -426,8 +433,9 @@ impl Plan {
             work,
             8 * sizes.tables * slots * max_blocks.max(2) + 256,
             8 * copies as usize,
+            unpacked,
             // Alignment of each array: binds, and attention steps in parts.
-            256 * (2 * slots + 8 * (slots + 4)),
+            256 * (2 * slots + 16 * (slots + 4)),
             // What a bind brings along.
             4 * max_seq_len as usize + MAX_EDITS * size_of::<u64>(),
         ]);

@@ -20,6 +20,8 @@ pub(crate) struct KvPlan {
     local: Option<LocalKv>,
     /// For each layer, whether its KV is in the local pool.
     is_local: Vec<bool>,
+    /// Blocks that each lane can unpack at a time, if there are codes.
+    unpacked: Option<u32>,
 }
 
 impl KvPlan {
@@ -41,6 +43,7 @@ impl KvPlan {
             main: 0,
             local: None,
             is_local: vec![false; model.layers],
+            unpacked: unpacked_blocks(&attention.shape, max_seq_len, max_batch_tokens),
         };
         // Places of tokens are counted in 32 bits.
         let most = u32::MAX / block_size;
@@ -120,6 +123,9 @@ pub(crate) struct KvPools {
     pub(crate) local: Option<Pool>,
     /// For each layer, whether its KV is in the local pool, and which of that pool's layers it is.
     layers: Vec<(bool, usize)>,
+    path: Path,
+    attention: AttentionModel,
+    unpacked: Option<u32>,
 }
 
 /// KV blocks of some layers, and the kernels that read them.
@@ -164,7 +170,40 @@ impl KvPools {
             main,
             local: local.transpose()?,
             layers: layers.collect(),
+            path,
+            attention: plan.attention,
+            unpacked: plan.unpacked,
         })
+    }
+
+    /// Bytes that [`take_unpacked`](Self::take_unpacked) takes.
+    pub(crate) fn unpacked_bytes(&self) -> u64 {
+        let blocks = self.unpacked.unwrap_or(0);
+        room(&self.attention.shape.with(KvDtype::Bf16, blocks), 1)
+    }
+
+    /// Where a lane unpacks codes, if there are any.
+    pub(crate) fn take_unpacked(&self, arena: &mut Arena) -> Result<Option<Unpacked>, CudaError> {
+        let unpacked = self.unpacked.map(|blocks| {
+            let shape = self.attention.shape.with(KvDtype::Bf16, blocks);
+            let model = AttentionModel {
+                shape,
+                ..self.attention
+            };
+            let memory = take(arena, &shape, 1)?;
+            let device = arena.device();
+            Ok(Unpacked {
+                kernel: UnpackBlocks::load(device)?,
+                memory,
+                attention: Attention::load(device, self.path, model, memory)?,
+            })
+        });
+        unpacked.transpose()
+    }
+
+    /// How many blocks a lane can unpack at a time, if there are codes.
+    pub(crate) fn unpacked_blocks(&self) -> Option<u32> {
+        self.unpacked
     }
 
     /// Whether a layer's KV is in the local pool.
@@ -184,44 +223,25 @@ impl KvPools {
 /// often to unpack it each time.
 pub(crate) struct Unpacked {
     kernel: UnpackBlocks,
-    pub(crate) blocks: u32,
     memory: Slice<u8>,
     /// Reads them.
     pub(crate) attention: Attention,
 }
 
+/// Blocks of codes that a lane unpacks at a time: the longest sequence's, and those of a step of short ones.
+fn unpacked_blocks(shape: &KvShape, max_seq_len: u32, max_batch_tokens: u32) -> Option<u32> {
+    let longest = max_seq_len.div_ceil(shape.block_size);
+    let blocks = longest + max_batch_tokens.div_ceil(shape.block_size);
+    shape.is_packed().then_some(blocks)
+}
+
+/// Bytes that unpacked blocks take in each lane.
+pub(crate) fn unpacked_bytes(shape: &KvShape, max_seq_len: u32, max_batch_tokens: u32) -> u64 {
+    let blocks = unpacked_blocks(shape, max_seq_len, max_batch_tokens);
+    blocks.map_or(0, |blocks| room(&shape.with(KvDtype::Bf16, blocks), 1))
+}
+
 impl Unpacked {
-    /// How many blocks there are room for: the longest sequence, and a step of short ones.
-    pub(crate) fn blocks(max_seq_len: usize, max_batch_tokens: usize, block_size: usize) -> u32 {
-        let blocks = max_seq_len.div_ceil(block_size) + max_batch_tokens.div_ceil(block_size);
-        // A launch's grid has no more.
-        blocks.clamp(max_seq_len.div_ceil(block_size), u16::MAX.into()) as u32
-    }
-
-    /// Bytes that [`new`](Self::new) takes.
-    pub(crate) fn bytes(shape: &KvShape, blocks: u32) -> u64 {
-        room(&shape.with(KvDtype::Bf16, blocks), 1)
-    }
-
-    /// Room for `blocks` of pools like those of `model`.
-    pub(crate) fn new(
-        device: &Device,
-        path: Path,
-        model: AttentionModel,
-        blocks: u32,
-        arena: &mut Arena,
-    ) -> Result<Self, CudaError> {
-        let shape = model.shape.with(KvDtype::Bf16, blocks);
-        let memory = take(arena, &shape, 1)?;
-        let model = AttentionModel { shape, ..model };
-        Ok(Self {
-            kernel: UnpackBlocks::load(device)?,
-            blocks,
-            memory,
-            attention: Attention::load(device, path, model, memory)?,
-        })
-    }
-
     /// Fills it with blocks of a layer of a pool, in this order.
     ///
     /// # Safety

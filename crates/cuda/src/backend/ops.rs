@@ -4,9 +4,9 @@ use std::sync::Arc;
 use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
-use super::kv::{KvPools, Pool};
+use super::kv::{KvPools, Pool, Unpacked};
 use super::loader::Matrix;
-use super::step::Step;
+use super::step::{PromptStep, Step};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
@@ -86,6 +86,8 @@ pub(crate) struct CudaOps {
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
     decode: DecodeScratch,
+    /// What prompts read, if the cache has codes.
+    unpacked: Option<Unpacked>,
     /// Hidden states of a tile of wanted positions.
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
@@ -123,6 +125,7 @@ impl Shared {
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
             + self.pools.main.attention.scratch_bytes(max_works)
+            + self.pools.unpacked_bytes()
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
             + Arena::room_for::<u32>(self.max_seq_len)
@@ -144,6 +147,7 @@ impl CudaOps {
         let n = shared.max_tokens;
         let attention = &shared.pools.main.attention;
         let decode = attention.take_scratch(&mut arena, max_works)?;
+        let unpacked = shared.pools.take_unpacked(&mut arena)?;
         let rotations = [
             arena.take(2 * n * shared.pairs(0))?,
             arena.take(2 * n * shared.pairs(1))?,
@@ -162,6 +166,7 @@ impl CudaOps {
             arena,
             rotations,
             decode,
+            unpacked,
             picked,
             logits,
             prompt,
@@ -332,7 +337,8 @@ impl Ops for CudaOps {
         qkv: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let (Pool { attention, .. }, pool_layer) = self.shared.pools.of(layer);
+        let (pool, pool_layer) = self.shared.pools.of(layer);
+        let Pool { attention, .. } = pool;
         let lists = match self.shared.config.window(layer) {
             Some(_) => step
                 .local
@@ -342,8 +348,15 @@ impl Ops for CudaOps {
         };
         // SAFETY: see above. Steps of a lane run one after another, so the scratch is theirs.
         unsafe {
-            if let Some(prompts) = &lists.prompts {
-                attention.prefill(&self.stream, prompts, pool_layer, qkv.data, out.data)?;
+            for PromptStep { blocks, step } in &lists.prompts {
+                let (attention, layer) = match &self.unpacked {
+                    Some(unpacked) => {
+                        unpacked.fill(&self.stream, pool, pool_layer, *blocks)?;
+                        (&unpacked.attention, 0)
+                    }
+                    None => (attention, pool_layer),
+                };
+                attention.prefill(&self.stream, step, layer, qkv.data, out.data)?;
             }
             for decode in &lists.decodes {
                 let scratch = &self.decode;

@@ -58,13 +58,7 @@ unsafe impl Parameter for KvShape {
 
 impl KvShape {
     /// A pool for heads of one kind.
-    pub fn new(
-        dtype: KvDtype,
-        blocks: u32,
-        kv_heads: u32,
-        block_size: u32,
-        head_dim: u32,
-    ) -> Self {
+    pub fn new(dtype: KvDtype, blocks: u32, kv_heads: u32, block_size: u32, head_dim: u32) -> Self {
         Self {
             blocks,
             kv_heads,
@@ -83,13 +77,7 @@ impl KvShape {
     /// The same heads in another pool.
     #[must_use]
     pub fn with(&self, dtype: KvDtype, blocks: u32) -> Self {
-        Self::new(
-            dtype,
-            blocks,
-            self.kv_heads,
-            self.block_size,
-            self.head_dim,
-        )
+        Self::new(dtype, blocks, self.kv_heads, self.block_size, self.head_dim)
     }
 
     /// Whether numbers are codes of 8 bits.
@@ -149,7 +137,7 @@ impl UnpackBlocks {
     /// Blocks are inside the cache; all memory is alive until the kernel has run.
     ///
     /// # Panics
-    /// If a buffer is too small, the cache has no codes or there are more than 65,535 blocks.
+    /// If a buffer is too small or the cache has no codes.
     pub unsafe fn launch(
         &self,
         stream: &Stream,
@@ -162,14 +150,15 @@ impl UnpackBlocks {
         const THREADS: u32 = 256;
         let count = blocks.len();
         let unpacked = shape.with(KvDtype::Bf16, count as u32);
-        assert!(shape.is_packed() && count < 1 << 16);
+        assert!(shape.is_packed());
         assert!(cache.len() >= (layer + 1) * shape.layer_bytes());
         assert!(out.len() >= unpacked.layer_bytes());
         if count == 0 {
             return Ok(());
         }
         let pieces = unpacked.block_bytes() as u32 / 32;
-        let grid = Shape::new(pieces.div_ceil(4 * THREADS), THREADS).grid_yz(count as u32, 1);
+        let slices = pieces.div_ceil(4 * THREADS);
+        let grid = Shape::new(count as u32, THREADS).grid_yz(slices, 1);
         let arguments = (cache, *shape, layer as u32, blocks, out);
         // SAFETY: the types are those of unpack_blocks.cu, the lengths were checked, the caller vouches for
         // the rest.

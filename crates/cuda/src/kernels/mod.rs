@@ -29,8 +29,8 @@ pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
 pub use gemm_sm90a::GemmHopper;
-pub use packed::{Form, Packed};
 pub use kv::{KvDtype, KvShape, UnpackBlocks};
+pub use packed::{Form, Packed};
 pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,

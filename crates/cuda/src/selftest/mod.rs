@@ -6,6 +6,7 @@
 
 mod attention;
 mod elementwise;
+mod kv;
 mod lab;
 mod linear;
 mod packed;
