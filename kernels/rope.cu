@@ -11,6 +11,8 @@
 // writes keys and values to the cache; the queries stay in place.
 //   qkv       bf16 [n, (heads + 2 * kv_heads) * head_dim], queries, keys, values
 //   q_norm, k_norm  f32 [head_dim] or null
+//   common    f32 [kv_heads, head_dim] or null: taken from every rotated key. All scores of a query change by
+//             the same number, which the softmax does not see.
 //   places    u32 [n]  block * block_size + offset; NOWHERE for padding tokens
 //   cache     see kv.cuh
 //   A head's first 2 * pairs elements are rotated; pair i is (2i, 2i + 1) if interleaved, else (i, i + pairs).
@@ -65,6 +67,7 @@ template <bool PACKED>
 __device__ __forceinline__ void append(bf16* __restrict__ qkv, const float* __restrict__ q_norm,
                                        const float* __restrict__ k_norm, float eps,
                                        const float2* __restrict__ rotations, uint32_t pairs, bool interleaved,
+                                       const float* __restrict__ common,
                                        const uint32_t* __restrict__ places, const KvShape& shape, uint32_t layer,
                                        uint32_t heads, uint32_t n, uint32_t group, uint8_t* __restrict__ cache) {
   let_next_start();
@@ -111,6 +114,12 @@ __device__ __forceinline__ void append(bf16* __restrict__ qkv, const float* __re
       for (int j = 0; j < VEC; j++) rotate(a.x[j], b.x[j], by[j]);
     }
   }
+  if (common && active && !is_query && !is_value) {
+    const float* of_head = common + (head - heads) * shape.head_dim;
+    const Vec8 ca = load8(of_head + first), cb = load8(of_head + second);
+#pragma unroll
+    for (int j = 0; j < VEC; j++) a.x[j] -= ca.x[j], b.x[j] -= cb.x[j];
+  }
   float largest = 0.f;
   if constexpr (PACKED) {
     float x[16];
@@ -154,10 +163,11 @@ __device__ __forceinline__ void append(bf16* __restrict__ qkv, const float* __re
   extern "C" __global__ void __launch_bounds__(256)                                                              \
       name(bf16* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm, float eps, \
            const float2* __restrict__ rotations, uint32_t pairs, bool interleaved,                               \
-           const uint32_t* __restrict__ places, const __grid_constant__ KvShape shape, uint32_t layer,           \
-           uint32_t heads, uint32_t n, uint32_t group, uint8_t* __restrict__ cache) {                            \
-    append<packed>(qkv, q_norm, k_norm, eps, rotations, pairs, interleaved, places, shape, layer, heads, n,      \
-                   group, cache);                                                                                \
+           const float* __restrict__ common, const uint32_t* __restrict__ places,                                \
+           const __grid_constant__ KvShape shape, uint32_t layer, uint32_t heads, uint32_t n, uint32_t group,    \
+           uint8_t* __restrict__ cache) {                                                                        \
+    append<packed>(qkv, q_norm, k_norm, eps, rotations, pairs, interleaved, common, places, shape, layer, heads, \
+                   n, group, cache);                                                                             \
   }
 
 APPEND(qk_norm_rope_append, false)

@@ -1,5 +1,5 @@
 //! The whole executor on a GPU against the CPU in float32, and the conformance suite:
-//! `oracle [MODEL.gguf GOLDEN.json]…`. Without a GPU it says so and passes.
+//! `oracle [MODEL.gguf GOLDEN.json]…`, with each format of the KV cache. Without a GPU it says so and passes.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
 use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, KvDtype, Overlap};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput, conformance};
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{ARCHITECTURES, Gguf};
@@ -28,11 +28,13 @@ fn main() -> Result<ExitCode> {
     }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let mut passed = true;
-    for architecture in ARCHITECTURES {
-        passed &= tiny(architecture)?;
-    }
-    for pair in args.chunks_exact(2) {
-        passed &= golden(Path::new(&pair[0]), Path::new(&pair[1]))?;
+    for kv_dtype in [KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8] {
+        for architecture in ARCHITECTURES {
+            passed &= tiny(architecture, kv_dtype)?;
+        }
+        for pair in args.chunks_exact(2) {
+            passed &= golden(Path::new(&pair[0]), Path::new(&pair[1]), kv_dtype)?;
+        }
     }
     Ok(if passed {
         ExitCode::SUCCESS
@@ -41,11 +43,12 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-fn cuda(gguf: &Gguf) -> Result<Box<dyn Executor>, CudaError> {
+fn cuda(gguf: &Gguf, kv_dtype: KvDtype) -> Result<Box<dyn Executor>, CudaError> {
     let config = CudaConfig {
         device: 0,
         block_size: BLOCK,
         kv_cache_bytes: Some(64 << 20),
+        kv_dtype,
         memory_utilization: 0.9,
         max_seq_len: 0,
         slots: 16,
@@ -71,7 +74,7 @@ fn cpu(gguf: &Gguf) -> Result<Box<dyn Executor>> {
 }
 
 /// A random model of an architecture: the suite, then prompt logprobs of both backends.
-fn tiny(architecture: &'static str) -> Result<bool> {
+fn tiny(architecture: &'static str, kv_dtype: KvDtype) -> Result<bool> {
     let spec = TinyLlama {
         architecture,
         hidden: 128,
@@ -84,7 +87,7 @@ fn tiny(architecture: &'static str) -> Result<bool> {
     let file = TempFile::new(&tiny_llama(&spec));
     let gguf = Gguf::open(file.path())?;
     let suite = std::panic::catch_unwind(|| {
-        conformance::run(&mut || cuda(&gguf).expect("the GPU was opened before"));
+        conformance::run(&mut || cuda(&gguf, kv_dtype).expect("the GPU was opened before"));
     });
     let mut state = 7u32;
     let prompt: Vec<TokenId> = (0..300)
@@ -94,12 +97,12 @@ fn tiny(architecture: &'static str) -> Result<bool> {
         })
         .collect();
     let run = |executor| Runner { executor }.prompt(&prompt, 1);
-    let (got, want) = (run(cuda(&gguf)?)?, run(cpu(&gguf)?)?);
+    let (got, want) = (run(cuda(&gguf, kv_dtype)?)?, run(cpu(&gguf)?)?);
     let want: Vec<f64> = want.0.iter().map(|l| l.logprob.into()).collect();
     let error = mean_difference(&got.0, &want);
     let passed = suite.is_ok() && error <= 0.05;
     println!(
-        "{} {architecture}: conformance {}, mean |Δ prompt logprob| {error:.5}",
+        "{} {architecture}, KV {kv_dtype:?}: conformance {}, mean |Δ prompt logprob| {error:.5}",
         verdict(passed),
         if suite.is_ok() { "passed" } else { "FAILED" },
     );
@@ -107,12 +110,12 @@ fn tiny(architecture: &'static str) -> Result<bool> {
 }
 
 /// A real model against another engine's float32 outputs.
-fn golden(model: &Path, golden: &Path) -> Result<bool> {
+fn golden(model: &Path, golden: &Path, kv_dtype: KvDtype) -> Result<bool> {
     let golden: Value = serde_json::from_slice(&std::fs::read(golden)?)?;
     let gguf = Gguf::open(model)?;
     let start = Instant::now();
     let mut runner = Runner {
-        executor: cuda(&gguf)?,
+        executor: cuda(&gguf, kv_dtype)?,
     };
     let loaded = start.elapsed();
     let (mut sum, mut positions, mut same, mut best) = (0.0, 0, 0, 0);
@@ -141,7 +144,7 @@ fn golden(model: &Path, golden: &Path) -> Result<bool> {
     let mean = sum / positions as f64;
     let passed = mean <= 0.05;
     println!(
-        "{} {}: loaded in {loaded:.1?}, mean |Δ prompt logprob| {mean:.5} over {positions} positions, {same} of {best} greedy tokens before the first difference",
+        "{} {}, KV {kv_dtype:?}: loaded in {loaded:.1?}, mean |Δ prompt logprob| {mean:.5} over {positions} positions, {same} of {best} greedy tokens before the first difference",
         verdict(passed),
         model.display(),
     );

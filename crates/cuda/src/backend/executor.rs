@@ -120,6 +120,13 @@ impl CudaExecutor {
             pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,
+            common_keys: kv::common_keys(
+                &model,
+                &weights,
+                plan.max_seq_len as usize,
+                &stream,
+                &mut main,
+            )?,
             config: model,
             max_tokens: config.max_batch_tokens as usize,
             max_seq_len: plan.max_seq_len as usize,
@@ -337,7 +344,8 @@ struct Plan {
     packed_bytes: usize,
     /// Multiprocessors that the lane of long prompts fills, if there is one.
     prefill_sms: Option<u32>,
-    rate_bytes: u64,
+    /// Rates of rotation, common parts of keys.
+    constant_bytes: u64,
 }
 
 impl Plan {
@@ -447,7 +455,8 @@ impl Plan {
             max_works,
             packed_bytes,
             prefill_sms,
-            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
+            constant_bytes: 2 * Arena::room_for::<f64>(model.head_dim)
+                + kv::common_key_bytes(model),
         })
     }
 
@@ -457,7 +466,7 @@ impl Plan {
 
     fn main_bytes(&self) -> u64 {
         let packed = self.lanes() as u64 * self.packed_bytes.next_multiple_of(256) as u64;
-        self.kv.bytes() + self.slots.bytes() + packed + self.rate_bytes
+        self.kv.bytes() + self.slots.bytes() + packed + self.constant_bytes
     }
 
     fn rotations(

@@ -2,8 +2,9 @@
 //! window of the last positions.
 
 use spate_executor::{KvMemory, LocalKv};
-use spate_model::ModelConfig;
+use spate_model::{ModelConfig, Weights};
 
+use super::loader::Matrix;
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{Attention, AttentionModel, KvDtype, KvShape, Path, UnpackBlocks};
@@ -257,4 +258,41 @@ impl Unpacked {
         // SAFETY: the caller vouches for it.
         unsafe { kernel.launch(stream, shape, *cache, layer, blocks, self.memory) }
     }
+}
+
+/// Bytes that [`common_keys`] takes at most.
+pub(crate) fn common_key_bytes(model: &ModelConfig) -> u64 {
+    model.layers as u64 * Arena::room_for::<f32>(model.kv_width())
+}
+
+/// For each layer what all its keys have in common, and the cache need not hold: the part of their bias
+/// that hardly turns (see [`spate_model::Rotation::common_part`]). Qwen 2's biases can be a hundred times
+/// as large as what tells keys apart, which few bits can't show beside them.
+pub(crate) fn common_keys(
+    model: &ModelConfig,
+    weights: &Weights<Matrix, Slice<f32>>,
+    max_seq_len: usize,
+    stream: &Stream,
+    arena: &mut Arena,
+) -> Result<Vec<Option<Slice<f32>>>, CudaError> {
+    let mut keys = vec![0.0; model.kv_width()];
+    let layers = weights.layers.iter().enumerate().map(|(layer, weights)| {
+        // A norm after the bias leaves no constant part.
+        let Some(bias) = weights.qkv.bias.filter(|_| !model.qk_norm) else {
+            return Ok(None);
+        };
+        let bias = bias.range(model.q_width()..model.q_width() + model.kv_width());
+        let on_gpu = arena.take(keys.len())?;
+        // SAFETY: the copy has run when `synchronize` returns; the arenas are alive.
+        unsafe { stream.download(bias, &mut keys)? };
+        stream.synchronize()?;
+        let rope = model.rope(layer);
+        let rotation = rope.rotation(max_seq_len);
+        rotation.common_part(&mut keys, model.head_dim, rope.pairing, max_seq_len);
+        // SAFETY: as above.
+        unsafe { stream.upload(&keys, on_gpu)? };
+        stream.synchronize()?;
+        Ok(Some(on_gpu))
+    });
+    layers.collect()
 }

@@ -55,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) slots: SlotMemory,
     /// Rotation of layers that see everything, and of those with a window.
     pub(crate) rotations: [Option<Rates>; 2],
+    /// For each layer what is taken from every key, see [`super::kv::common_keys`].
+    pub(crate) common_keys: Vec<Option<Slice<f32>>>,
     /// Most tokens of a step.
     pub(crate) max_tokens: usize,
     /// Longest sequence.
@@ -323,6 +325,7 @@ impl Ops for CudaOps {
                 pool_layer,
                 norms,
                 rotations,
+                s.common_keys[layer],
                 places,
                 qkv.data,
                 pool.cache,

@@ -90,8 +90,8 @@ impl Rope {
     /// the cache of `layer`.
     ///
     /// `qkv`: `[places, (heads + 2 * kv_heads) * head_dim]`; `norms`: the queries' and the keys',
-    /// `[head_dim]` each; `rotations`: as [`rotations`](Self::rotations) made them; `places`: one
-    /// per token, `block * block_size + offset` or [`NOWHERE`]; `cache`: as [`KvShape`] says. A cache of codes
+    /// `[head_dim]` each; `rotations`: as [`rotations`](Self::rotations) made them; `common`: taken
+    /// from every rotated key, `[kv_heads, head_dim]`, which changes no attention; `places`: one per token, `block * block_size + offset` or [`NOWHERE`]; `cache`: as [`KvShape`] says. A cache of codes
     /// has the elements of keys in another order, and perhaps rotated; queries are changed alike.
     ///
     /// # Errors
@@ -110,6 +110,7 @@ impl Rope {
         layer: usize,
         norms: Option<(Slice<f32>, Slice<f32>)>,
         rotations: Slice<f32>,
+        common: Option<Slice<f32>>,
         places: Slice<u32>,
         qkv: Slice<bf16>,
         cache: Slice<u8>,
@@ -120,6 +121,7 @@ impl Rope {
         assert!(Self::supports(dim, 2 * pairs));
         assert!(qkv.len() >= tokens * all_heads * dim && rotations.len() >= 2 * tokens * pairs);
         assert!(cache.len() >= (layer + 1) * shape.layer_bytes());
+        assert!(common.is_none_or(|common| common.len() == shape.kv_heads as usize * dim));
         assert!(norms.is_none_or(|(q, k)| q.len() == dim && k.len() == dim));
         let group = (dim / PER_THREAD).next_power_of_two();
         let grid = (tokens * all_heads * group).div_ceil(THREADS as usize);
@@ -133,6 +135,7 @@ impl Rope {
             rotations,
             model.pairs,
             interleaved,
+            common.unwrap_or(Slice::null()),
             places,
             shape,
             layer as u32,

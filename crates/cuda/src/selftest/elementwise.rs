@@ -281,6 +281,11 @@ fn rope_case(
         true => Some((lab.upload(&norms[0])?, lab.upload(&norms[1])?)),
         false => None,
     };
+    let common = (lab.below(2) == 0).then(|| lab.f32s(kv_heads * dim));
+    let on_common = match &common {
+        Some(common) => Some(lab.upload(common)?),
+        None => None,
+    };
     let cache = lab.output::<u8>(layers * shape.layer_bytes())?;
     // SAFETY: places are inside the cache and differ; the arena is alive.
     unsafe {
@@ -292,6 +297,7 @@ fn rope_case(
             layer,
             on_norms,
             rotations.slice,
+            on_common,
             on_places,
             on_qkv.slice,
             cache.slice,
@@ -314,6 +320,12 @@ fn rope_case(
             if !is_value {
                 let angle = |i: usize| f64::from(positions[t]) * rates[i];
                 rotate(&mut want, model.pairing, pairs, magnitude.into(), angle);
+                if let Some(common) = common.as_ref().filter(|_| head >= heads) {
+                    let common = &common[(head - heads) * dim..][..dim];
+                    want.iter_mut()
+                        .zip(common)
+                        .for_each(|(x, c)| *x -= f64::from(*c));
+                }
                 if shape.is_packed() {
                     want = in_pieces(&model, &want);
                 }
