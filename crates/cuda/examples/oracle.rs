@@ -1,5 +1,5 @@
 //! The whole executor on a GPU against the CPU in float32, and the conformance suite:
-//! `oracle [MODEL.gguf GOLDEN.json]…`, with each format of the KV cache. Without a GPU it says so and passes.
+//! `oracle [--kv-dtype bf16|int8|fp8] [MODEL.gguf GOLDEN.json]…`. Without a GPU it says so and passes.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -26,9 +26,19 @@ fn main() -> Result<ExitCode> {
         }
         opened => drop(opened?),
     }
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let mut kv_dtypes = vec![KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8];
+    if args.first().is_some_and(|arg| arg == "--kv-dtype") {
+        let name = args.get(1).context("--kv-dtype needs a value")?;
+        kv_dtypes.retain(|dtype| format!("{dtype:?}").eq_ignore_ascii_case(name));
+        ensure!(
+            !kv_dtypes.is_empty(),
+            "{name} is not a format of the KV cache"
+        );
+        args.drain(..2);
+    }
     let mut passed = true;
-    for kv_dtype in [KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8] {
+    for kv_dtype in kv_dtypes {
         for architecture in ARCHITECTURES {
             passed &= tiny(architecture, kv_dtype)?;
         }

@@ -1,4 +1,5 @@
 use std::cell::Cell;
+use std::ops::Range;
 use std::thread;
 
 use half::bf16;
@@ -15,7 +16,6 @@ use crate::kernels::{
 /// Weights and outputs rounded to bfloat16.
 const LIMIT: f64 = 6e-3;
 
-const HEAD_DIMS: [u32; 4] = [64, 96, 128, 256];
 const DTYPES: [(KvDtype, &str); 3] = [
     (KvDtype::Bf16, ""),
     (KvDtype::Int8, " int8"),
@@ -41,26 +41,24 @@ fn paths(device: &Device) -> Vec<(Path, &'static str)> {
     paths
 }
 
-pub(super) fn attention(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+/// Heads of `HEAD_DIM` elements.
+pub(super) fn attention<const HEAD_DIM: u32>(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     let (mut reports, paths) = (Vec::new(), paths(lab.device()));
-    for head_dim in HEAD_DIMS {
-        for (dtype, dtype_name) in DTYPES {
-            let mut found: Vec<Found> = paths.iter().map(|_| Found::default()).collect();
-            for longest in LONGEST {
-                let case = Case::random(lab, dtype, head_dim, longest);
-                let expected = case.expected();
-                for ((path, _), found) in paths.iter().zip(&mut found) {
-                    lab.clear()?;
-                    check(lab, *path, &case, &expected, found)?;
-                }
+    for (dtype, dtype_name) in DTYPES {
+        let mut found: Vec<Found> = paths.iter().map(|_| Found::default()).collect();
+        for longest in LONGEST {
+            let case = Case::random(lab, dtype, HEAD_DIM, longest);
+            let expected = case.expected();
+            for ((path, _), found) in paths.iter().zip(&mut found) {
+                lab.clear()?;
+                check(lab, *path, &case, &expected, found)?;
             }
-            for ((_, name), found) in paths.iter().zip(&found) {
-                let name =
-                    |what: &str| format!("attention {head_dim}{dtype_name} ({name}), {what}");
-                reports.push(lab.report(&name("prefill"), &found.prefill, LIMIT));
-                reports.push(lab.report(&name("decode"), &found.decode, LIMIT));
-                reports.push(lab.report(&name("same bits"), &found.differing, 0.0));
-            }
+        }
+        for ((_, name), found) in paths.iter().zip(&found) {
+            let name = |what: &str| format!("attention {HEAD_DIM}{dtype_name} ({name}), {what}");
+            reports.push(lab.report(&name("prefill"), &found.prefill, LIMIT));
+            reports.push(lab.report(&name("decode"), &found.decode, LIMIT));
+            reports.push(lab.report(&name("same bits"), &found.differing, 0.0));
         }
     }
     Ok(reports)
@@ -219,42 +217,52 @@ impl Case {
 
     /// In float64, for each sequence the compared positions' outputs.
     fn expected(&self) -> Vec<Vec<Vec<f64>>> {
-        thread::scope(|scope| {
-            let works: Vec<_> = (0..self.lengths.len())
-                .map(|sequence| scope.spawn(move || self.expected_of(sequence)))
-                .collect();
-            let join = |work: thread::ScopedJoinHandle<'_, _>| {
-                work.join().expect("plain arithmetic doesn't panic")
+        let kv_heads = self.model.shape.kv_heads;
+        let sequences = 0..self.lengths.len();
+        let read = parallel(sequences.clone(), 0..kv_heads, &|sequence, head| {
+            [What::Key, What::Value].map(|what| self.vectors(what, sequence, head))
+        });
+        let heads = parallel(sequences.clone(), 0..self.model.heads, &|sequence, head| {
+            let kv_head = head * kv_heads / self.model.heads;
+            let [keys, values] = &read[sequence][kv_head as usize];
+            self.expected_of(sequence, head, keys, values)
+        });
+        let outputs = sequences.map(|sequence| {
+            let positions = 0..self.compared(sequence).len();
+            let row = |at: usize| {
+                heads[sequence]
+                    .iter()
+                    .flat_map(move |head| head[at].clone())
             };
-            works.into_iter().map(join).collect()
-        })
+            positions.map(|at| row(at).collect()).collect()
+        });
+        outputs.collect()
     }
 
-    fn expected_of(&self, sequence: usize) -> Vec<Vec<f64>> {
-        let AttentionModel { heads, shape, .. } = self.model;
-        let positions = self.compared(sequence);
-        let mut out = vec![Vec::with_capacity(self.width()); positions.len()];
-        let vector = |what, position, head| {
-            let vector = self.vector(what, sequence, position, head);
-            vector.iter().map(|x| x.to_f64()).collect::<Vec<f64>>()
-        };
-        for head in 0..heads {
-            let kv_head = head / (heads / shape.kv_heads);
-            let all = |what| {
-                let positions = 0..self.lengths[sequence];
-                positions
-                    .map(move |p| vector(what, p, kv_head))
-                    .collect::<Vec<_>>()
-            };
-            let (keys, values) = (all(What::Key), all(What::Value));
-            for (out, &position) in out.iter_mut().zip(&positions) {
-                let query = vector(What::Query, position, head);
-                let from = (position + 1).saturating_sub(self.window.unwrap_or(u32::MAX));
-                let seen = from as usize..position as usize + 1;
-                out.extend(self.attend(&query, &keys[seen.clone()], &values[seen]));
-            }
-        }
-        out
+    fn vectors(&self, what: What, sequence: usize, head: u32) -> Vec<Vec<f64>> {
+        let positions = 0..self.lengths[sequence];
+        let vector = |position| self.vector(what, sequence, position, head);
+        let wide = |vector: Vec<bf16>| vector.iter().map(|x| x.to_f64()).collect();
+        positions.map(vector).map(wide).collect()
+    }
+
+    /// One head's outputs.
+    fn expected_of(
+        &self,
+        sequence: usize,
+        head: u32,
+        keys: &[Vec<f64>],
+        values: &[Vec<f64>],
+    ) -> Vec<Vec<f64>> {
+        let positions = self.compared(sequence).into_iter();
+        let outputs = positions.map(|position| {
+            let query = self.vector(What::Query, sequence, position, head);
+            let query: Vec<f64> = query.iter().map(|x| x.to_f64()).collect();
+            let from = (position + 1).saturating_sub(self.window.unwrap_or(u32::MAX));
+            let seen = from as usize..position as usize + 1;
+            self.attend(&query, &keys[seen.clone()], &values[seen])
+        });
+        outputs.collect()
     }
 
     fn attend(&self, query: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>]) -> Vec<f64> {
@@ -278,6 +286,30 @@ impl Case {
         }
         out
     }
+}
+
+/// What `of` gives for each sequence and head.
+fn parallel<T: Send>(
+    sequences: Range<usize>,
+    heads: Range<u32>,
+    of: &(impl Fn(usize, u32) -> T + Sync),
+) -> Vec<Vec<T>> {
+    thread::scope(|scope| {
+        let start = |sequence| {
+            let heads = heads.clone();
+            heads
+                .map(|head| scope.spawn(move || of(sequence, head)))
+                .collect::<Vec<_>>()
+        };
+        let works: Vec<_> = sequences.map(start).collect();
+        let join = |work: thread::ScopedJoinHandle<'_, T>| {
+            work.join().expect("plain arithmetic doesn't panic")
+        };
+        let works = works.into_iter();
+        works
+            .map(|heads| heads.into_iter().map(join).collect())
+            .collect()
+    })
 }
 
 /// SplitMix64's output function.
@@ -549,20 +581,29 @@ const DECODINGS: [Load; 10] = [
 ];
 
 pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    speeds(lab, &PREFILLS, DTYPES[0])
+}
+
+pub(super) fn packed_throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    // What unpacking adds for prompts.
+    let mut reports = speeds(lab, &PREFILLS[..2], DTYPES[1])?;
+    reports.extend(speeds(lab, &PREFILLS[..2], DTYPES[2])?);
+    Ok(reports)
+}
+
+fn speeds(
+    lab: &mut Lab,
+    prefills: &[Load],
+    (dtype, dtype_name): (KvDtype, &str),
+) -> Result<Vec<Report>, CudaError> {
     let mut reports = Vec::new();
     for (path, name) in paths(lab.device()) {
-        for (dtype, dtype_name) in DTYPES {
-            let name = format!("{dtype_name} ({name})");
-            let prefills = match dtype {
-                KvDtype::Bf16 => &PREFILLS[..],
-                _ => &PREFILLS[..2], // what unpacking adds
-            };
-            for load in prefills {
-                reports.push(timed(lab, path, &name, Kind::Prefill, dtype, *load)?);
-            }
-            for load in DECODINGS {
-                reports.push(timed(lab, path, &name, Kind::Decode, dtype, load)?);
-            }
+        let name = format!("{dtype_name} ({name})");
+        for load in prefills {
+            reports.push(timed(lab, path, &name, Kind::Prefill, dtype, *load)?);
+        }
+        for load in DECODINGS {
+            reports.push(timed(lab, path, &name, Kind::Decode, dtype, load)?);
         }
     }
     Ok(reports)

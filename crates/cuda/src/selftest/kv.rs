@@ -95,7 +95,28 @@ fn encode(dtype: KvDtype, x: f64) -> u8 {
     }
     let step = 2f64.powi((x.max(1e-9).log2().floor() as i32).max(-6) - 3);
     let rounded = (x / step).round_ties_even() * step;
-    // Codes are in the order of what they mean.
-    let code = (0..0x7f).find(|&code| decode(dtype, code) >= rounded);
-    sign | code.unwrap_or(0x7e)
+    if rounded < 1.0 / 64.0 {
+        return sign | (rounded * 512.0) as u8;
+    }
+    let exponent = rounded.log2().floor();
+    let mantissa = (rounded / exponent.exp2() - 1.0) * 8.0;
+    sign | ((exponent as i32 + 7) << 3) as u8 | mantissa as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_its_own_nearest() {
+        for dtype in [KvDtype::Int8, KvDtype::Fp8] {
+            // In e4m3 the last code of each sign means that it is not a number.
+            let last = if dtype == KvDtype::Fp8 { 0x7e } else { 0x7f };
+            for code in (0..=last).flat_map(|code| [code, code | 0x80]) {
+                let x = decode(dtype, code);
+                assert_eq!(decode(dtype, encode(dtype, x)), x, "{dtype:?} {code}");
+            }
+        }
+        assert_eq!(decode(KvDtype::Fp8, 0x7e), 448.0);
+    }
 }
