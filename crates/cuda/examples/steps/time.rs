@@ -167,7 +167,9 @@ pub(crate) fn overlap(directory: &Path) -> Result<()> {
         Overlap::Off,
         Overlap::Streams,
         Overlap::DecodeSms(16),
+        Overlap::DecodeSms(24),
         Overlap::DecodeSms(32),
+        Overlap::DecodeSms(48),
     ];
     for overlap in modes {
         let mut rig = open(directory, Load { overlap, ..OFF })?;
