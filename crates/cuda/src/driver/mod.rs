@@ -11,7 +11,7 @@ mod module;
 mod stream;
 mod tensor_map;
 
-pub use device::Device;
+pub use device::{Device, device_count, is_installed};
 pub use graph::Graph;
 pub use launch::{Arguments, Parameter, Shape};
 pub use memory::{Arena, Pinned, Plain, Slice};

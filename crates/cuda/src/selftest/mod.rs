@@ -47,11 +47,7 @@ const SPEED: &str = "speed: ";
 ///
 /// # Errors
 /// As [`run`].
-pub fn compare(
-    device: &Device,
-    seed: u64,
-    out: &mut dyn FnMut(&Report),
-) -> Result<(), CudaError> {
+pub fn compare(device: &Device, seed: u64, out: &mut dyn FnMut(&Report)) -> Result<(), CudaError> {
     run_those(device, |name| !name.starts_with(SPEED), seed, out)
 }
 
