@@ -6,6 +6,7 @@
 //! on threads, nor on the instruction set.
 
 mod attention;
+mod common_key;
 mod error;
 mod estimate;
 mod executor;

@@ -10,12 +10,11 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor};
-use spate_executor::Executor;
+use spate_cuda::{CudaConfig, CudaError};
 use spate_model::Gguf;
 use spate_types::TokenId;
 
-use common::{BLOCK, Output, SLOTS, cpu, run, verdict};
+use common::{Output, config, cpu, cuda, run, verdict};
 
 /// What passes: mean |Δ prompt logprob|, and the share of prompt positions with the same best token.
 const MOST_APART: f64 = 0.05;
@@ -54,25 +53,16 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-fn cuda(gguf: &Gguf) -> Result<Box<dyn Executor>, CudaError> {
-    let config = CudaConfig {
-        device: 0,
-        block_size: BLOCK,
-        kv_cache_bytes: Some(1 << 30),
-        memory_utilization: 0.9,
-        max_seq_len: 0,
-        slots: SLOTS,
-        max_batch_tokens: 512,
-    };
-    Ok(Box::new(CudaExecutor::load(gguf, &config, &mut |_| {})?))
-}
-
 fn check(model: &Path, golden: &Path) -> Result<bool> {
     let cases = cases(golden)?;
     let prompts: Vec<Vec<TokenId>> = cases.iter().map(|case| case.prompt.clone()).collect();
     let gguf = Gguf::open(model)?;
     let start = Instant::now();
-    let mut gpu = cuda(&gguf)?;
+    let config = CudaConfig {
+        kv_cache_bytes: Some(1 << 30),
+        ..config()
+    };
+    let mut gpu = cuda(&gguf, &config)?;
     let loaded = start.elapsed();
     let got = run(&mut *gpu, &prompts, GREEDY)?;
     drop(gpu);

@@ -2,17 +2,18 @@
 //! memory that is not there, so the context is lost for good; then every stream must end with an error
 //! and the engine be dead within a second. Without a GPU it says so and passes.
 
+mod common;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use half::bf16;
+use spate_cuda::CudaError;
 use spate_cuda::driver::{Arena, Device, Priority, Stream};
 use spate_cuda::kernels::ActMul;
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor};
 use spate_engine::{EngineConfig, EngineHandle, Event, Health, SchedulerConfig};
-use spate_executor::Executor;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{Activation, Gguf};
 use spate_types::{FinishReason, GenerationRequest, SamplingParams, StopParams};
@@ -86,28 +87,19 @@ fn start() -> Result<EngineHandle> {
         ..TinyLlama::default()
     }));
     let gguf = Gguf::open(file.path())?;
-    let config = CudaConfig {
-        device: 0,
-        block_size: 16,
-        kv_cache_bytes: Some(256 << 20),
-        memory_utilization: 0.9,
-        max_seq_len: 0,
-        slots: 16,
-        max_batch_tokens: 512,
-    };
-    let executor = CudaExecutor::load(&gguf, &config, &mut |_| {})?;
+    let executor = common::cuda(&gguf, &common::config())?;
     let max_model_len = executor.capacity().max_seq_len;
     let config = EngineConfig {
         scheduler: SchedulerConfig {
-            max_num_seqs: 16,
+            max_num_seqs: common::SLOTS,
             max_batch_tokens: 512,
             max_model_len,
-            max_waiting: 16,
+            max_waiting: common::SLOTS,
             prefix_caching: true,
         },
         step_timeout: Duration::from_secs(60),
     };
-    Ok(spate_engine::start(Box::new(executor), config, |_| {})?)
+    Ok(spate_engine::start(executor, config, |_| {})?)
 }
 
 fn request(engine: &EngineHandle, i: u32) -> GenerationRequest {

@@ -130,9 +130,11 @@ pub(crate) fn cuda_config(settings: &Settings, device: u32) -> Result<CudaConfig
             other.name()
         ),
     }
-    if let Some(overlap @ (Overlap::Streams | Overlap::DecodeSms(_))) = settings.overlap {
-        bail!("overlap {overlap} is not there yet: the GPU backend has one queue");
-    }
+    let overlap = match settings.overlap {
+        None | Some(Overlap::Off) => spate_cuda::Overlap::Off,
+        Some(Overlap::Streams) => spate_cuda::Overlap::Streams,
+        Some(Overlap::DecodeSms(sms)) => spate_cuda::Overlap::DecodeSms(sms),
+    };
     Ok(CudaConfig {
         device,
         block_size: sizes.block_size,
@@ -141,6 +143,8 @@ pub(crate) fn cuda_config(settings: &Settings, device: u32) -> Result<CudaConfig
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: sizes.max_num_seqs,
         max_batch_tokens: sizes.max_num_batched_tokens,
+        overlap,
+        graphs: true,
     })
 }
 

@@ -1,10 +1,12 @@
-//! What the test programs share: sequences that run on any executor without an engine.
+//! What the test programs share: executors, and sequences that run on them without an engine.
+#![allow(dead_code)] // each program uses its part
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
 use spate_model::Checkpoint;
 use spate_types::{BlockId, BlockIds, LocalBlocks, Logprobs, SamplingParams, Slot, TokenId};
@@ -17,6 +19,28 @@ pub(crate) const SLOTS: u32 = 16;
 
 /// Most input tokens in one step: prompts come in chunks.
 pub(crate) const CHUNK: u32 = 100;
+
+/// Small steps, so that prompts come in chunks, and a small cache.
+pub(crate) fn config() -> CudaConfig {
+    CudaConfig {
+        device: 0,
+        block_size: BLOCK,
+        kv_cache_bytes: Some(256 << 20),
+        memory_utilization: 0.9,
+        max_seq_len: 0,
+        slots: SLOTS,
+        max_batch_tokens: 512,
+        overlap: Overlap::Off,
+        graphs: true,
+    }
+}
+
+pub(crate) fn cuda(
+    model: &dyn Checkpoint,
+    config: &CudaConfig,
+) -> Result<Box<dyn Executor>, CudaError> {
+    Ok(Box::new(CudaExecutor::load(model, config, &mut |_| {})?))
+}
 
 /// The CPU in float32: the oracle.
 pub(crate) fn cpu(model: &dyn Checkpoint) -> Result<Box<dyn Executor>> {

@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Priority, Stream};
 use crate::kernels::{
-    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_VOCAB, Path, Rope, Want, Work,
+    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope, Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -28,6 +29,18 @@ const DRIVER_RESERVE: u64 = 512 << 20;
 
 /// Threads that read weights: one alone does not saturate the page cache.
 const LOAD_THREADS: usize = 16;
+
+/// How prompts are computed while other sequences decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// In the decodes' steps, in chunks.
+    Off,
+    /// Long ones on a stream of their own, which may fill the whole GPU. Decodes go first, but a decode
+    /// kernel waits for the prompts' kernel that holds the multiprocessors.
+    Streams,
+    /// As `Streams`, but the prompts' large kernels leave so many multiprocessors free.
+    DecodeSms(u32),
+}
 
 /// Settings of the CUDA backend.
 #[derive(Debug, Clone)]
@@ -46,6 +59,11 @@ pub struct CudaConfig {
     pub slots: u32,
     /// Most input tokens in one step.
     pub max_batch_tokens: u32,
+    /// Whether prompts and decodes run side by side.
+    pub overlap: Overlap,
+    /// Whether decode steps are replayed from graphs. Without, they give the same and take longer: that
+    /// is for tests and measurements.
+    pub graphs: bool,
 }
 
 /// Runs a model on one GPU.
@@ -56,9 +74,8 @@ pub struct CudaExecutor {
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
     next_ticket: u64,
-    lane: Lane,
+    lanes: Vec<(LaneId, Lane)>,
     slots: Slots,
-    max_works: usize,
     /// Why no completion will come any more.
     fatal: Option<String>,
     /// Weights, cache and slots; dropped after the lane, which uses them.
@@ -102,25 +119,40 @@ impl CudaExecutor {
             rotations: plan.rotations(&model, &stream, &mut main)?,
             config: model,
             max_tokens: config.max_batch_tokens as usize,
+            max_seq_len: plan.max_seq_len as usize,
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
         });
-        let packed = packer::take(&mut main, plan.packed_bytes)?;
-        let lane_arena = Arena::new(&device, "activations", shared.lane_bytes(plan.max_works))?;
+        let lane_bytes = shared.lane_bytes(plan.max_works);
+        let mut lane = |stream| {
+            let packed = packer::take(&mut main, plan.packed_bytes)?;
+            let arena = Arena::new(&device, "activations", lane_bytes)?;
+            let ops = CudaOps::new(shared.clone(), stream, arena, plan.max_works)?;
+            Lane::new(&device, ops, weights.clone(), packed, plan.max_works)
+        };
+        let mut lanes = vec![(LaneId::Main, lane(stream)?)];
+        if let Some(sms) = plan.prefill_sms {
+            let stream = Stream::new(&device, Priority::Low)?.with_sms(sms);
+            lanes.push((LaneId::Prefill, lane(stream)?));
+        }
+        let before_graphs = device.free_bytes()?;
+        let most_decodes = config.slots.min(config.max_batch_tokens) as usize;
+        if config.graphs {
+            lanes[0].1.capture(&slots, most_decodes)?;
+        }
         let budget = vec![
             ("weights", weight_bytes),
             ("KV cache", plan.kv.bytes()),
             ("slots", main.size() - plan.kv.bytes()),
-            ("activations", lane_arena.size()),
+            ("activations", lane_bytes * lanes.len() as u64),
+            ("graphs", before_graphs.saturating_sub(device.free_bytes()?)),
         ];
-        let ops = CudaOps::new(shared, stream, lane_arena, plan.max_works)?;
         Ok(Self {
             contract: Contract::new(plan.capacity(config)),
             budget,
             next_ticket: 0,
-            lane: Lane::new(&device, ops, weights, packed)?,
+            lanes,
             slots,
-            max_works: plan.max_works,
             fatal: None,
             device,
             _memory: [main, weights_arena],
@@ -147,6 +179,52 @@ impl CudaExecutor {
             None => Ok(()),
         }
     }
+
+    /// When the last step that [`Executor::wait`] gave of a lane ran, in nanoseconds of the device's
+    /// clock: what lies between two steps is time in which the lane was idle.
+    pub fn last_step(&self, lane: LaneId) -> Option<Range<u64>> {
+        let lane = self.lanes.iter().find(|(id, _)| *id == lane);
+        lane.map(|(_, lane)| lane.last())
+    }
+
+    fn poll(&mut self) -> Option<Completion> {
+        for (id, lane) in &mut self.lanes {
+            if let Some(completion) = lane.poll() {
+                self.contract.complete(*id);
+                return Some(completion);
+            }
+        }
+        None
+    }
+
+    /// Passes some time, at most until `deadline`: sleeping while nothing is due, spinning when a step is
+    /// about to end, because to be woken takes longer than what lies between two steps should.
+    fn pause(&self, now: Instant, deadline: Instant) -> Result<(), CudaError> {
+        const NAP: Duration = Duration::from_micros(20);
+        /// A lost device is noticed within it.
+        const LONGEST_NAP: Duration = Duration::from_millis(1);
+        /// What the system's timer adds to a nap.
+        const WAKING: Duration = Duration::from_micros(100);
+        let expected: Vec<_> = self.lanes.iter().filter_map(|l| l.1.expected()).collect();
+        if expected.iter().any(|due| due.contains(&now)) {
+            for _ in 0..64 {
+                std::hint::spin_loop();
+            }
+            return Ok(());
+        }
+        for (_, lane) in &self.lanes {
+            lane.check()?;
+        }
+        let overdue = expected.iter().any(|due| due.end <= now);
+        let next = expected.iter().map(|due| due.start).min();
+        let nap = match next {
+            Some(next) if !overdue => next.saturating_duration_since(now + WAKING),
+            Some(_) => NAP,
+            None => LONGEST_NAP,
+        };
+        thread::sleep(nap.min(LONGEST_NAP).min(deadline - now));
+        Ok(())
+    }
 }
 
 impl Executor for CudaExecutor {
@@ -162,8 +240,9 @@ impl Executor for CudaExecutor {
         self.contract.submit(lane, &batch)?;
         let ticket = Ticket(self.next_ticket);
         let queued = self.device.bind().and_then(|()| {
-            let slots = &mut self.slots;
-            self.lane.submit(ticket, &batch, slots, self.max_works)
+            let lane = self.lanes.iter_mut().find(|(id, _)| *id == lane);
+            let (_, lane) = lane.expect("the contract refuses lanes that are not there");
+            lane.submit(ticket, &batch, &mut self.slots)
         });
         if let Err(error) = queued {
             return Err(self.fatal(error.to_string()));
@@ -173,21 +252,20 @@ impl Executor for CudaExecutor {
     }
 
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
-        /// A step of a small model takes a few times as long, and a tenth of this is lost to the timer.
-        const NAP: Duration = Duration::from_micros(20);
         self.alive()?;
         if let Err(error) = self.device.bind() {
             return Err(self.fatal(error.to_string()));
         }
         loop {
-            match self.lane.poll() {
-                Ok(Some(completion)) => {
-                    self.contract.complete(LaneId::Main);
-                    return Ok(Some(completion));
-                }
-                Ok(None) if Instant::now() >= deadline => return Ok(None),
-                Ok(None) => thread::sleep(NAP),
-                Err(error) => return Err(self.fatal(error.to_string())),
+            if let Some(completion) = self.poll() {
+                return Ok(Some(completion));
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(None);
+            }
+            if let Err(error) = self.pause(now, deadline) {
+                return Err(self.fatal(error.to_string()));
             }
         }
     }
@@ -254,6 +332,8 @@ struct Plan {
     logit_tile: usize,
     max_works: usize,
     packed_bytes: usize,
+    /// Multiprocessors that the lane of long prompts fills, if there is one.
+    prefill_sms: Option<u32>,
     rate_bytes: u64,
 }
 
@@ -288,21 +368,34 @@ impl Plan {
                 model.heads, model.kv_heads, model.head_dim
             )));
         }
+        let prefill_sms = match config.overlap {
+            Overlap::Off => None,
+            Overlap::Streams => Some(device.sms()),
+            Overlap::DecodeSms(kept) if (1..device.sms()).contains(&kept) => {
+                Some(device.sms() - kept)
+            }
+            Overlap::DecodeSms(kept) => {
+                return Err(CudaError::Config(format!(
+                    "{kept} multiprocessors can't be kept for decodes: this GPU has {}",
+                    device.sms()
+                )));
+            }
+        };
         let sizes = SlotSizes {
             slots,
             vocab: model.vocab_size,
             max_blocks,
             tables: 1 + usize::from(model.local.is_some()),
-            max_seq_len: max_seq_len as usize,
         };
         // A split has at least 256 positions.
         let splits = max_seq_len.div_ceil(256) as usize;
-        let max_works = 2 * slots + splits;
+        let max_works = 4 * slots + splits;
         let tokens = config.max_batch_tokens as usize;
         // Twice for layers with and without a window.
-        let work =
-            2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + slots * (2 + splits));
+        let decode_works = max_works.max(slots * (2 + splits));
+        let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works);
         let logit_tile = LOGIT_TILE.min(tokens);
+        let lanes = 1 + u64::from(prefill_sms.is_some());
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
@@ -310,7 +403,7 @@ impl Plan {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
                 let activations = activation_estimate(model, tokens, logit_tile, max_works);
-                let used = weight_bytes + DRIVER_RESERVE + activations;
+                let used = weight_bytes + DRIVER_RESERVE + lanes * activations;
                 total.saturating_sub(used + sizes.bytes()).min(free)
             }
         };
@@ -331,10 +424,12 @@ impl Plan {
             size_of::<Want>() * tokens,
             8 * slots,
             work,
-            8 * sizes.tables * slots * max_blocks,
+            8 * sizes.tables * slots * max_blocks.max(2) + 256,
             8 * copies as usize,
             // Alignment of each array: binds, and attention steps in parts.
-            256 * (slots + 8 * (slots + 4)),
+            256 * (2 * slots + 8 * (slots + 4)),
+            // What a bind brings along.
+            4 * max_seq_len as usize + MAX_EDITS * size_of::<u64>(),
         ]);
         Ok(Self {
             kv,
@@ -343,12 +438,17 @@ impl Plan {
             logit_tile,
             max_works,
             packed_bytes,
+            prefill_sms,
             rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
         })
     }
 
+    fn lanes(&self) -> usize {
+        1 + usize::from(self.prefill_sms.is_some())
+    }
+
     fn main_bytes(&self) -> u64 {
-        let packed = self.packed_bytes.next_multiple_of(256) as u64;
+        let packed = self.lanes() as u64 * self.packed_bytes.next_multiple_of(256) as u64;
         self.kv.bytes() + self.slots.bytes() + packed + self.rate_bytes
     }
 
@@ -382,7 +482,7 @@ impl Plan {
             max_batch_tokens: config.max_batch_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
-            lanes: vec![LaneId::Main],
+            lanes: [LaneId::Main, LaneId::Prefill][..self.lanes()].to_vec(),
             depth: DEPTH as u32,
             local: self.kv.local(),
         }

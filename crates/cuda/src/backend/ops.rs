@@ -11,7 +11,7 @@ use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
     ActMul, AddRmsNorm, Chosen, CopyBlocks, DecodeScratch, Embed, MAX_TOP, Output, Product,
-    QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
+    QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, StepIo, Top, Turn,
 };
 use crate::linear::Linear;
 
@@ -28,6 +28,7 @@ pub(crate) struct Kernels {
     pub(crate) sample: Sample,
     pub(crate) copy_blocks: CopyBlocks,
     pub(crate) scatter: Scatter,
+    pub(crate) step_io: StepIo,
 }
 
 impl Kernels {
@@ -41,6 +42,7 @@ impl Kernels {
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,
             scatter: Scatter::load(device)?,
+            step_io: StepIo::load(device)?,
         })
     }
 }
@@ -55,6 +57,8 @@ pub(crate) struct Shared {
     pub(crate) rotations: [Option<Rates>; 2],
     /// Most tokens of a step.
     pub(crate) max_tokens: usize,
+    /// Longest sequence.
+    pub(crate) max_seq_len: usize,
     /// Most rows of a step.
     pub(crate) max_rows: usize,
     /// Positions whose logits exist at the same time.
@@ -77,7 +81,7 @@ pub(crate) struct Act {
 /// [`Ops`] on a stream, with the scratch memory of one lane.
 pub(crate) struct CudaOps {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) stream: Stream,
+    pub(crate) stream: Arc<Stream>,
     arena: Arena,
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
@@ -86,6 +90,9 @@ pub(crate) struct CudaOps {
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
     logits: Slice<f32>,
+    /// Room for a prompt.
+    pub(crate) prompt: Slice<u32>,
+    pub(crate) turn: Slice<Turn>,
     /// One per row.
     pub(crate) failed: Slice<u32>,
     /// `[2]` per wanted position, tile after tile.
@@ -118,6 +125,8 @@ impl Shared {
             + self.pools.main.attention.scratch_bytes(max_works)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
+            + Arena::room_for::<u32>(self.max_seq_len)
+            + Arena::room_for::<Turn>(1)
             + Arena::room_for::<u32>(self.max_rows)
             + Arena::room_for::<Chosen>(2 * n)
             + Arena::room_for::<Top>(2 * n * MAX_TOP)
@@ -141,19 +150,22 @@ impl CudaOps {
         ];
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
+        let (prompt, turn) = (arena.take(shared.max_seq_len)?, arena.take(1)?);
         let (failed, chosen) = (arena.take(shared.max_rows)?, arena.take(2 * n)?);
         let tops = arena.take(2 * n * MAX_TOP)?;
-        // The attention's counters start at zero.
+        // The attention's counters and the turn start at zero.
         // SAFETY: the arena is kept.
         unsafe { stream.fill(arena.whole(), 0)? };
         Ok(Self {
             shared,
-            stream,
+            stream: Arc::new(stream),
             arena,
             rotations,
             decode,
             picked,
             logits,
+            prompt,
+            turn,
             failed,
             chosen,
             tops,

@@ -1,12 +1,12 @@
 use std::sync::Arc;
 
 use spate_executor::{Bind, Row};
-use spate_types::{BlockId, BlockIds, LocalBlocks, SamplingParams, Slot, TokenId};
+use spate_types::{BlockId, BlockIds, LocalBlocks, Slot, TokenId};
 
 use super::packer::Packer;
 use crate::CudaError;
-use crate::driver::{Arena, Slice, Stream};
-use crate::kernels::{MAX_EDITS, Sample, SlotMemory, SlotParams};
+use crate::driver::{Arena, Plain, Slice, Stream};
+use crate::kernels::{Edit, MAX_EDITS, Sample, SlotMemory, SlotParams};
 
 /// What sequences keep between steps: on the GPU what kernels need, here what the host needs to
 /// describe a step. Shared by all lanes: a sequence is in one lane at a time.
@@ -17,18 +17,62 @@ pub(crate) struct Slots {
     /// with a window.
     pub(crate) tables: Slice<u32>,
     pub(crate) max_blocks: usize,
-    /// A prompt on its way to the penalty counts.
-    prompt: Slice<u32>,
     vocab: usize,
 }
 
 /// The host's part of a slot.
 pub(crate) struct HostSlot {
     pub(crate) prompt: Arc<[TokenId]>,
-    pub(crate) sampling: Arc<SamplingParams>,
     /// What the tables on the GPU hold.
     table: BlockIds,
     local: LocalBlocks,
+}
+
+/// The start of a sequence, as far as it is packed.
+pub(crate) struct QueuedBind {
+    slot: Slot,
+    /// Slot, first token in `prompt`, number of tokens.
+    triple: Slice<u32>,
+    params: Slice<SlotParams>,
+    edits: Cargo<Edit>,
+    /// As far as penalties count it.
+    prompt: Cargo<u32>,
+}
+
+/// Data for the GPU of a size that nothing bounds but a request's own limits.
+enum Cargo<T> {
+    Packed(Slice<T>),
+    /// There was no room: it is copied by the driver, which may wait for the stream.
+    Left(Vec<T>),
+}
+
+impl<T: Plain> Cargo<T> {
+    fn pack(packer: &mut Packer, data: &[T]) -> Result<Self, CudaError> {
+        Ok(match packer.has_room_for(data) {
+            true => Self::Packed(packer.put(data)?),
+            false => Self::Left(data.to_vec()),
+        })
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Packed(slice) => slice.len(),
+            Self::Left(data) => data.len(),
+        }
+    }
+
+    /// # Safety
+    /// The target stays allocated until the copy has run.
+    unsafe fn copy(&self, stream: &Stream, to: Slice<T>) -> Result<(), CudaError> {
+        // SAFETY: what is packed stays until the step has completed; what is not is pageable, so the
+        // driver has taken it when it returns. The caller vouches for the target.
+        unsafe {
+            match self {
+                Self::Packed(slice) => stream.copy(*slice, to),
+                Self::Left(data) => stream.upload(data, to),
+            }
+        }
+    }
 }
 
 /// Sizes of [`Slots`].
@@ -39,7 +83,6 @@ pub(crate) struct SlotSizes {
     pub(crate) max_blocks: usize,
     /// Pools in which a sequence may have blocks.
     pub(crate) tables: usize,
-    pub(crate) max_seq_len: usize,
 }
 
 impl SlotSizes {
@@ -51,7 +94,6 @@ impl SlotSizes {
             + Arena::room_for::<u16>(slots * vocab)
             + 2 * Arena::room_for::<u32>(slots)
             + Arena::room_for::<u32>(self.tables * slots * self.max_blocks)
-            + Arena::room_for::<u32>(self.max_seq_len)
     }
 }
 
@@ -62,7 +104,6 @@ impl Slots {
             vocab,
             max_blocks,
             tables,
-            max_seq_len,
         } = sizes;
         Ok(Self {
             host: (0..slots).map(|_| None).collect(),
@@ -75,7 +116,6 @@ impl Slots {
             },
             tables: arena.take(tables * slots * max_blocks)?,
             max_blocks,
-            prompt: arena.take(max_seq_len)?,
             vocab,
         })
     }
@@ -100,41 +140,66 @@ impl Slots {
     pub(crate) fn note(&mut self, slot: Slot, bind: &Bind) {
         self.host[slot.0 as usize] = Some(HostSlot {
             prompt: bind.prompt.clone(),
-            sampling: bind.sampling.clone(),
             table: BlockIds::default(),
             local: LocalBlocks::default(),
         });
     }
 
-    /// Queues the start of a sequence on the GPU. `triple`: where the packer has `[slot, 0, prompt length]`.
+    /// Packs the starts of sequences: last of a step, because what they bring may be large.
+    pub(crate) fn pack_binds<'a>(
+        packer: &mut Packer,
+        binds: impl Iterator<Item = (Slot, &'a Bind)>,
+    ) -> Result<Vec<QueuedBind>, CudaError> {
+        let mut queued = Vec::new();
+        let mut cargo = Vec::new();
+        for (slot, bind) in binds {
+            let (params, edits) = SlotParams::new(&bind.sampling, bind.seed)?;
+            let counted = match bind.sampling.has_penalties() {
+                true => &bind.prompt[..],
+                false => &[],
+            };
+            queued.push(QueuedBind {
+                slot,
+                triple: packer.put(&[slot.0, 0, bind.prompt.len() as u32])?,
+                params: packer.put(&[params])?,
+                edits: Cargo::Left(Vec::new()),
+                prompt: Cargo::Left(Vec::new()),
+            });
+            cargo.push((edits, counted));
+        }
+        for (bind, (edits, counted)) in queued.iter_mut().zip(cargo) {
+            bind.edits = Cargo::pack(packer, &edits)?;
+            bind.prompt = Cargo::pack(packer, counted)?;
+        }
+        Ok(queued)
+    }
+
+    /// Queues the start of a sequence on the GPU. `room`: for a prompt of any length; of the stream's own.
     ///
     /// # Safety
-    /// Nothing in flight names the slot.
+    /// Nothing in flight names the slot; the packer's copy is queued before.
     pub(crate) unsafe fn bind(
         &self,
         stream: &Stream,
         kernel: &Sample,
-        slot: Slot,
-        bind: &Bind,
-        triple: Slice<u32>,
+        bind: &QueuedBind,
+        room: Slice<u32>,
     ) -> Result<(), CudaError> {
-        let at = slot.0 as usize;
-        let (params, edits) = SlotParams::new(&bind.sampling, bind.seed)?;
-        let memory = &self.memory;
-        let on_edits = memory
-            .edits
-            .range(at * MAX_EDITS..at * MAX_EDITS + edits.len());
-        // SAFETY: these are pageable, so the driver has taken them when it returns; the arena
-        // outlives the slots, and what the bind kernel is given is in range.
+        let (at, memory) = (bind.slot.0 as usize, &self.memory);
+        let edits = at * MAX_EDITS..at * MAX_EDITS + bind.edits.len();
+        // SAFETY: the arena outlives the slots, and what the bind kernel is given is in range.
         unsafe {
-            stream.upload(&[params], memory.params.range(at..at + 1))?;
-            stream.upload(&edits, on_edits)?;
-            if bind.sampling.has_penalties() {
-                stream.upload(&bind.prompt, self.prompt.range(0..bind.prompt.len()))?;
-            }
-            kernel.bind(stream, triple, self.prompt, self.vocab, memory)?;
+            stream.copy(bind.params, memory.params.range(at..at + 1))?;
+            bind.edits.copy(stream, memory.edits.range(edits))?;
+            let prompt = match &bind.prompt {
+                Cargo::Packed(prompt) => *prompt,
+                Cargo::Left(prompt) => {
+                    stream.upload(prompt, room.range(0..prompt.len()))?;
+                    room
+                }
+            };
+            kernel.bind(stream, bind.triple, prompt, self.vocab, memory)
         }
-        Ok(())
     }
 
     /// Where a slot's blocks begin in [`tables`](Self::tables); [`local_tables`](Self::local_tables) further
@@ -173,14 +238,5 @@ impl Slots {
             }
             host.local = row.local.clone();
         }
-    }
-
-    /// Packs what [`bind`](Self::bind) needs.
-    pub(crate) fn pack_bind(
-        packer: &mut Packer,
-        slot: Slot,
-        bind: &Bind,
-    ) -> Result<Slice<u32>, CudaError> {
-        packer.put(&[slot.0, 0, bind.prompt.len() as u32])
     }
 }
