@@ -4,6 +4,7 @@ mod cards;
 mod machine;
 mod report;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -41,7 +42,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     check_gpus(&mut report, seed);
     report.conclude();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        let text = serde_json::to_string_pretty(&report)?;
+        writeln!(std::io::stdout(), "{text}")?;
     }
     Ok(match report.level() {
         Level::Failure => ExitCode::FAILURE,
@@ -55,8 +57,8 @@ fn check_cpu(report: &mut Report, seed: u64) {
             let wrong = checks.iter().filter(|check| !check.passed());
             let wrong: Vec<_> = wrong.map(|check| check.name.as_str()).collect();
             let (level, text) = match wrong.is_empty() {
-                true => (Level::Ok, "and equal bit for bit".to_owned()),
-                false => (Level::Failure, format!("WRONG: {}", wrong.join("; "))),
+                true => (Level::Ok, "right and equal bit for bit".to_owned()),
+                false => (Level::Failure, format!("wrong: {}", wrong.join("; "))),
             };
             let text = format!("{} products on all instruction sets, {text}", checks.len());
             report.add(level, "CPU", text);
@@ -65,9 +67,9 @@ fn check_cpu(report: &mut Report, seed: u64) {
     }
     match spate_cpu::selftest::rates(0) {
         Ok(rates) => {
-            report.add_rate(("", "reading weights"), (rates.read / 1e9, "GB/s"), None);
+            report.add_rate(("CPU", "reading weights"), (rates.read / 1e9, "GB/s"), None);
             let what = "in products of 8-bit integers";
-            report.add_rate(("", what), (rates.matrix / 1e9, "Gop/s"), None);
+            report.add_rate(("CPU", what), (rates.matrix / 1e9, "Gop/s"), None);
         }
         Err(error) => report.add(Level::Failure, "CPU", error.to_string()),
     }
@@ -164,7 +166,7 @@ fn check_kernels(report: &mut Report, device: &Device, seed: u64) -> Result<(), 
             let text = format!("{all}, seed {seed}: {} WRONG", wrong.len());
             report.add(Level::Failure, "kernels", text);
             for wrong in wrong {
-                report.add(Level::Failure, "", wrong);
+                report.add(Level::Failure, "kernels", wrong);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! What was found, for people and for programs.
 
 use std::fmt;
+use std::io::Write;
 
 use serde::Serialize;
 
@@ -61,16 +62,22 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(is_silent: bool) -> Self {
         let version = env!("CARGO_PKG_VERSION");
-        if !is_silent {
-            println!("Spate {version}\n");
-        }
-        Self {
+        let report = Self {
             version,
             device: "cpu".into(),
             verdict: String::new(),
             level: Level::Ok,
             findings: Vec::new(),
             is_silent,
+        };
+        report.say(&format!("Spate {version}\n"));
+        report
+    }
+
+    fn say(&self, line: &str) {
+        if !self.is_silent {
+            // Nobody may be reading any more; what was found still decides the exit code.
+            let _unread = writeln!(std::io::stdout(), "{line}");
         }
     }
 
@@ -123,9 +130,7 @@ impl Report {
     }
 
     pub(super) fn push(&mut self, finding: Finding) {
-        if !self.is_silent {
-            println!("{finding}");
-        }
+        self.say(&finding.to_string());
         self.level = self.level.max(finding.level);
         self.findings.push(finding);
     }
@@ -149,9 +154,7 @@ impl Report {
                 format!("do not serve from {device} before this is repaired{advice}")
             }
         };
-        if !self.is_silent {
-            println!("\n{}", self.verdict);
-        }
+        self.say(&format!("\n{}", self.verdict));
     }
 }
 
