@@ -17,6 +17,7 @@ use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Partition, Priority, Stream};
+use crate::error::WEIGHTS;
 use crate::kernels::{
     AddRmsNorm, Attention, AttentionModel, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope, Want, Work,
 };
@@ -97,7 +98,7 @@ impl CudaExecutor {
         let device = Device::open(config.device)?;
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let weights_arena = Arena::new(&device, "the weights", weight_bytes(checkpoint, &model))?;
+        let weights_arena = Arena::new(&device, WEIGHTS, weight_bytes(checkpoint, &model))?;
         let weight_bytes = weights_arena.size();
         let loader = CudaLoader::new(weights_arena);
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
@@ -408,8 +409,17 @@ impl Plan {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
                 let activations = activation_estimate(model, tokens, logit_tile, max_works);
-                let used = weight_bytes + DRIVER_RESERVE + lanes as u64 * activations;
-                total.saturating_sub(used + sizes.bytes()).min(free)
+                let steps = lanes as u64 * activations + sizes.bytes();
+                let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + steps);
+                left.ok_or(CudaError::NoKvCache {
+                    usable: total,
+                    weights: weight_bytes,
+                    steps,
+                    driver: DRIVER_RESERVE,
+                    tokens: config.max_batch_tokens,
+                    slots: config.slots,
+                })?
+                .min(free)
             }
         };
         let kv = KvPlan::new(
