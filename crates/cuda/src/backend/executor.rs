@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
 };
-use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
+use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
 use super::lane::{DEPTH, Lane};
-use super::loader::{CudaLoader, weight_bytes};
+use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
 use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
@@ -24,9 +24,6 @@ const LOGIT_TILE: usize = 256;
 
 /// Memory that is left to the driver: code of kernels, local memory, graphs.
 const DRIVER_RESERVE: u64 = 512 << 20;
-
-/// Threads that read weights: one alone does not saturate the page cache.
-const LOAD_THREADS: usize = 16;
 
 /// Settings of the CUDA backend.
 #[derive(Debug, Clone)]
@@ -54,6 +51,7 @@ pub struct CudaExecutor {
     device: Device,
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
+    weight_formats: Vec<WeightFormat>,
     next_ticket: u64,
     lane: Lane,
     slots: Slots,
@@ -78,18 +76,21 @@ impl CudaExecutor {
         let device = Device::open(config.device)?;
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let weights_arena = Arena::new(&device, "the weights", weight_bytes(checkpoint, &model))?;
+        let needs = WeightPlan::new(checkpoint, &model)?;
+        let weights_arena = Arena::new(&device, "the weights", needs.bytes)?;
         let weight_bytes = weights_arena.size();
-        let loader = CudaLoader::new(weights_arena);
+        let loader = CudaLoader::new(weights_arena)?;
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
         let threads = threads.min(LOAD_THREADS);
         let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
-        let weights = weights.map_err(|e| match e {
-            LoadError::Model(e) => CudaError::Model(e),
-            LoadError::Backend(e) => e,
-        })?;
+        let weights = weights.map_err(load_error)?;
         let weights_arena = loader.finish()?;
-        let plan = Plan::new(&device, &model, config, weight_bytes)?;
+        let plan = Plan::new(
+            &device,
+            &model,
+            config,
+            weight_bytes + 2 * needs.scratch as u64,
+        )?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
         let cache = main.take(model.layers * plan.kv.layer_len())?;
         let slots = Slots::new(&mut main, plan.slots)?;
@@ -105,6 +106,7 @@ impl CudaExecutor {
             max_tokens: config.max_batch_tokens as usize,
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
+            scratch: needs.scratch,
         });
         let packed = packer::take(&mut main, plan.packed_bytes)?;
         let lane_arena = Arena::new(&device, "activations", shared.lane_bytes(plan.max_works))?;
@@ -118,6 +120,7 @@ impl CudaExecutor {
         Ok(Self {
             contract: Contract::new(plan.capacity(config)),
             budget,
+            weight_formats: needs.formats,
             next_ticket: 0,
             lane: Lane::new(&device, ops, weights, packed)?,
             slots,
@@ -131,6 +134,11 @@ impl CudaExecutor {
     /// What the GPU's memory went to, in bytes.
     pub fn memory_budget(&self) -> Vec<(&'static str, u64)> {
         self.budget.clone()
+    }
+
+    /// The matrices, by the format that the file has them in.
+    pub fn weight_formats(&self) -> &[WeightFormat] {
+        &self.weight_formats
     }
 
     /// The GPU.

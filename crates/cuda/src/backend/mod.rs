@@ -9,3 +9,4 @@ mod slots;
 mod step;
 
 pub use executor::{CudaConfig, CudaExecutor};
+pub use loader::WeightFormat;

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
-use super::loader::Matrix;
+use super::loader::{Matrix, Stored};
 use super::step::Step;
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
     ActMul, AddRmsNorm, Attention, Chosen, CopyBlocks, DecodeScratch, Embed, KvShape, MAX_TOP,
-    Output, Product, QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
+    Output, Path, Product, QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
 };
 use crate::linear::Linear;
 
@@ -36,7 +36,7 @@ impl Kernels {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
-            linear: Linear::load(device)?,
+            linear: Linear::load(device, Path::best(device))?,
             rope: Rope::load(device)?,
             attention,
             sample: Sample::load(device)?,
@@ -62,6 +62,8 @@ pub(crate) struct Shared {
     pub(crate) max_rows: usize,
     /// Positions whose logits exist at the same time.
     pub(crate) logit_tile: usize,
+    /// Elements that products with quantised weights need.
+    pub(crate) scratch: usize,
 }
 
 /// How fast each rotated pair turns.
@@ -85,6 +87,8 @@ pub(crate) struct CudaOps {
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
     decode: DecodeScratch,
+    /// Unpacked weights.
+    unpacked: Slice<bf16>,
     /// Hidden states of a tile of wanted positions.
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
@@ -119,6 +123,7 @@ impl Shared {
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
             + self.kernels.attention.scratch_bytes(max_works)
+            + Arena::room_for::<bf16>(self.scratch)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
             + Arena::room_for::<u32>(self.max_rows)
@@ -142,6 +147,7 @@ impl CudaOps {
             arena.take(2 * n * shared.pairs(0))?,
             arena.take(2 * n * shared.pairs(1))?,
         ];
+        let unpacked = arena.take(shared.scratch)?;
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
         let (failed, chosen) = (arena.take(shared.max_rows)?, arena.take(2 * n)?);
@@ -155,6 +161,7 @@ impl CudaOps {
             arena,
             rotations,
             decode,
+            unpacked,
             picked,
             logits,
             failed,
@@ -172,6 +179,40 @@ impl CudaOps {
             let copies = &s.kernels.copy_blocks;
             copies.launch(&self.stream, &s.kv, step.copies, s.cache)?;
             s.kernels.scatter.launch(&self.stream, step.words, tables)
+        }
+    }
+
+    /// A product of `x` with a matrix.
+    fn multiply(
+        &self,
+        tokens: usize,
+        matrix: &Matrix,
+        x: Slice<bf16>,
+        out: Output,
+    ) -> Result<(), CudaError> {
+        let mut product = Product {
+            tokens,
+            outputs: matrix.rows,
+            inputs: matrix.cols,
+            x,
+            weights: Slice::null(),
+            fresh_weights: false,
+            bias: matrix.bias,
+            out,
+            stride: matrix.rows,
+        };
+        let linear = &self.shared.kernels.linear;
+        // SAFETY: see below.
+        unsafe {
+            match &matrix.stored {
+                Stored::Bf16(weights) => {
+                    product.weights = *weights;
+                    linear.launch(&self.stream, &product)
+                }
+                Stored::Packed(parts) => {
+                    linear.launch_packed(&self.stream, parts, &product, self.unpacked)
+                }
+            }
         }
     }
 
@@ -220,18 +261,20 @@ impl Ops for CudaOps {
         }
         let (last, width) = (s.slots.last, out.width);
         let out = out.data.range(0..n * width);
+        let (stream, tokens) = (&self.stream, step.tokens);
         // SAFETY: see above.
         unsafe {
-            let embed = &s.kernels.embed;
-            embed.launch(
-                &self.stream,
-                step.tokens,
-                last,
-                table.weights,
-                scale,
-                width,
-                out,
-            )
+            match &table.stored {
+                Stored::Bf16(table) => {
+                    let embed = &s.kernels.embed;
+                    embed.launch(stream, tokens, last, *table, scale, width, out)
+                }
+                Stored::Packed(parts) => {
+                    let table = parts.first().expect("a matrix has rows");
+                    let packed = s.kernels.linear.packed();
+                    packed.embed(stream, tokens, last, table, scale, width, out)
+                }
+            }
         }
     }
 
@@ -260,18 +303,7 @@ impl Ops for CudaOps {
         x: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let product = Product {
-            tokens: step.tokens.len(),
-            outputs: matrix.rows,
-            inputs: matrix.cols,
-            x: x.data,
-            weights: matrix.weights,
-            fresh_weights: false,
-            bias: matrix.bias,
-            out: Output::Bf16(out.data),
-        };
-        // SAFETY: see above.
-        unsafe { self.shared.kernels.linear.launch(&self.stream, &product) }
+        self.multiply(step.tokens.len(), matrix, x.data, Output::Bf16(out.data))
     }
 
     fn qk_norm_rope_append(
@@ -371,24 +403,14 @@ impl Ops for CudaOps {
         x: &Act,
     ) -> Result<(), CudaError> {
         let picks = step.picks.range(self.tile(step, tile));
-        let product = Product {
-            tokens: picks.len(),
-            outputs: head.rows,
-            inputs: head.cols,
-            x: self.picked,
-            weights: head.weights,
-            fresh_weights: false,
-            bias: head.bias,
-            out: Output::F32(self.logits),
-        };
         let s = &self.shared;
         // A row of hidden states is found by its index as a row of embeddings is by its id.
         // SAFETY: see above.
         unsafe {
             let (embed, last) = (&s.kernels.embed, s.slots.last);
             embed.launch(&self.stream, picks, last, x.data, 1.0, x.width, self.picked)?;
-            s.kernels.linear.launch(&self.stream, &product)
         }
+        self.multiply(picks.len(), head, self.picked, Output::F32(self.logits))
     }
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CudaError> {
