@@ -127,10 +127,9 @@ struct Decode {
 #pragma unroll
     for (uint32_t i = lane; i < TILE * PIECES; i += 32) {
       const uint32_t row = i / PIECES, piece = i % PIECES;
-      const bf16 scale = scales[scales_row > 1 ? i : row];
+      const bf16 scale = row < valid ? scales[scales_row > 1 ? i : row] : bf16{0};
       uint4 low, high;
       unpack16(reinterpret_cast<const uint4*>(from)[i], scale, args.shape.format, low, high);
-      if (row >= valid) low = high = make_uint4(0, 0, 0, 0);
       *reinterpret_cast<uint4*>(to + Tile::place(row, 2 * piece)) = low;
       *reinterpret_cast<uint4*>(to + Tile::place(row, 2 * piece + 1)) = high;
     }

@@ -83,7 +83,7 @@ __device__ __forceinline__ void append(bf16* __restrict__ qkv, const float* __re
   const uint32_t rotated = 2 * pairs, rotating = rotated / 16;
   const bool rotates = lane < rotating && !is_value;
   uint32_t first = lane * 16, second = first + VEC;
-  if (lane < rotating && !interleaved) first = lane * VEC, second = first + pairs;
+  if (rotates && !interleaved) first = lane * VEC, second = first + pairs;
 
   bf16* const from = qkv + (size_t(token) * all_heads + head) * shape.head_dim;
   Vec8 a = {}, b = {};

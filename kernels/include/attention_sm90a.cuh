@@ -277,29 +277,51 @@ struct Attention {
     const uint8_t* const from = shared_pointer + S::SLOTS_AT + slot.stage * S::SLOT;
     const uint32_t box_bits = __ffs(box_rows) - 1, box = box_rows * args.shape.row_bytes;
     const uint32_t scales = args.shape.scales();
+    // Loads of a batch do not wait for the stores of the one before.
+    constexpr uint32_t COUNT = N * PIECES / THREADS, BATCH = COUNT % 4 == 0 ? 4 : COUNT % 3 == 0 ? 3 : 2;
+    static_assert(COUNT * THREADS == N * PIECES && COUNT % BATCH == 0);
     barrier_wait(slot_full(slot.stage), slot.parity);
 #pragma unroll
-    for (uint32_t i = threadIdx.x - 128; i < N * PIECES; i += THREADS) {
-      uint32_t row = i / PIECES, piece = i % PIECES;
-      if constexpr (HD % 128 == 0) {
-        // Eight neighbours have two rows of a part, whose pieces of bfloat16 lie in different banks.
-        row = i / (8 * S::PARTS) * 2 + i / 4 % 2;
-        piece = i / 8 % S::PARTS * 4 + i % 4;
+    for (uint32_t start = 0; start < COUNT; start += BATCH) {
+      uint4 codes[BATCH];
+      bf16 scale[BATCH];
+#pragma unroll
+      for (uint32_t i = 0; i < BATCH; i++) {
+        uint32_t row, piece;
+        find_piece(threadIdx.x - 128 + (start + i) * THREADS, row, piece);
+        const uint8_t* const of_box = from + (row >> box_bits) * box;
+        const uint32_t in_box = row % box_rows;
+        codes[i] = *reinterpret_cast<const uint4*>(of_box + in_box * HD + piece * 16);
+        const bf16* const of_row = reinterpret_cast<const bf16*>(of_box + box_rows * HD) + in_box * scales;
+        scale[i] = row < valid ? of_row[scales > 1 ? piece : 0] : bf16{0};
       }
-      const uint32_t in_box = row % box_rows;
-      const uint8_t* const codes = from + (row >> box_bits) * box;
-      const bf16 scale = reinterpret_cast<const bf16*>(codes + box_rows * HD)[in_box * scales + (scales > 1 ? piece : 0)];
-      uint4 low, high;
-      unpack16(*reinterpret_cast<const uint4*>(codes + in_box * HD + piece * 16), scale, args.shape.format, low, high);
-      if (row >= valid) low = high = make_uint4(0, 0, 0, 0);
-      uint8_t* const part = to + row / 8 * S::GROUP + piece / 4 * S::GROUP_PART + row % 8 * SWIZZLE_ROW;
-      *reinterpret_cast<uint4*>(part + (piece % 4 * 2 ^ row % 8) * 16) = low;
-      *reinterpret_cast<uint4*>(part + (piece % 4 * 2 + 1 ^ row % 8) * 16) = high;
+#pragma unroll
+      for (uint32_t i = 0; i < BATCH; i++) {
+        uint32_t row, piece;
+        find_piece(threadIdx.x - 128 + (start + i) * THREADS, row, piece);
+        uint4 low, high;
+        unpack16(codes[i], scale[i], args.shape.format, low, high);
+        uint8_t* const part = to + row / 8 * S::GROUP + piece / 4 * S::GROUP_PART + row % 8 * SWIZZLE_ROW;
+        *reinterpret_cast<uint4*>(part + (piece % 4 * 2 ^ row % 8) * 16) = low;
+        *reinterpret_cast<uint4*>(part + (piece % 4 * 2 + 1 ^ row % 8) * 16) = high;
+      }
     }
     shared_to_async_fence();
     __syncwarp();
     release(full);
     release(slot_empty(slot.stage));
+  }
+
+  // Which piece is a thread's i-th.
+  static __device__ __forceinline__ void find_piece(uint32_t i, uint32_t& row, uint32_t& piece) {
+    if constexpr (HD % 128 == 0) {
+      // Eight neighbours have two rows of a part, whose pieces of bfloat16 lie in different banks.
+      row = i / (8 * S::PARTS) * 2 + i / 4 % 2;
+      piece = i / 8 % S::PARTS * 4 + i % 4;
+    } else {
+      row = i / (HD / 16);
+      piece = i % (HD / 16);
+    }
   }
 
   // ---- queries
@@ -364,6 +386,8 @@ struct Attention {
     uint32_t weights[N / 4];  // the scores' weights, as the A operand
     float out[HD / 2];
     uint32_t position[2];
+    // How many of them are wanted: where one query's heads are fewer than 64 rows, other warps' are not.
+    int wanted;
     // Tiles of which all rows of the warpgroup see every position.
     uint32_t whole_from, whole_to;
   };
@@ -376,6 +400,8 @@ struct Attention {
     const uint32_t top = consumer * 64;
     rows.position[0] = position(task, top + thread_row());
     rows.position[1] = position(task, top + thread_row() + 8);
+    const uint32_t first = threadIdx.x % 128 / 32 * 16;
+    rows.wanted = !S::DECODE ? 2 : args.group <= first ? 0 : args.group <= first + 8 ? 1 : 2;
     rows.whole_from = divide_up(first_seen(args, position(task, top + 63)), N);
     rows.whole_to = (position(task, top) + 1) / N;
   }
@@ -402,11 +428,13 @@ struct Attention {
   }
 
   __device__ __forceinline__ void weigh(Rows& rows, Weights& weights, uint32_t tile, float (&change)[2]) const {
+    change[0] = change[1] = 1.f;
+    if (S::DECODE && rows.wanted == 0) return;
     if (args.cap_out != 0.f) cap_scores(rows.scores, args);
     if (tile < rows.whole_from || tile >= rows.whole_to) {
       hide_unseen(rows.scores, args, tile * N, rows.position, threadIdx.x % 4 * 2);
     }
-    weights.add(rows.scores, args.scale, change);
+    weights.add(rows.scores, args.scale, change, rows.wanted);
   }
 
   static __device__ __forceinline__ void pack_weights(Rows& rows) {

@@ -38,7 +38,7 @@ impl CopyBlocks {
         let (copies, layers) = (pairs.len() / 2, cache.len() / shape.layer_bytes());
         assert!(cache.len().is_multiple_of(shape.layer_bytes()));
         assert!(copies < 1 << 16 && layers < 1 << 16);
-        if copies == 0 {
+        if copies == 0 || layers == 0 {
             return Ok(());
         }
         let bytes = shape.block_bytes();

@@ -15,6 +15,7 @@ mod gemm;
 mod gemm_sm90a;
 mod kv;
 mod packed;
+mod packed_sm90a;
 mod rope;
 mod sample;
 mod scatter;
@@ -30,7 +31,8 @@ pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
 pub use gemm_sm90a::GemmHopper;
 pub use kv::{KvDtype, KvShape, UnpackBlocks};
-pub use packed::{Form, Packed};
+pub use packed::{Form, Pack, Packed};
+pub use packed_sm90a::PackedHopper;
 pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
