@@ -114,6 +114,10 @@ impl Device {
         unsafe { sys::cuCtxSynchronize() }.check("waiting for the GPU")
     }
 
+    pub(super) fn handle(&self) -> sys::CUdevice {
+        self.0.handle
+    }
+
     /// Marketing name, such as `NVIDIA H100 80GB HBM3`.
     pub fn name(&self) -> &str {
         &self.0.name

@@ -8,6 +8,7 @@ mod graph;
 mod launch;
 mod memory;
 mod module;
+mod partition;
 mod stream;
 mod tensor_map;
 
@@ -16,5 +17,6 @@ pub use graph::Graph;
 pub use launch::{Arguments, Parameter, Shape};
 pub use memory::{Arena, Pinned, Plain, Slice};
 pub use module::{Image, Kernel, Module};
+pub use partition::Partition;
 pub use stream::{Event, Priority, Stream};
 pub use tensor_map::TensorMap;
