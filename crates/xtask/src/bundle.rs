@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::{root, run};
 
 /// The examples of `spate-cuda` that test a GPU.
-const TESTS: [&str; 4] = ["kernels", "oracle", "lost_device", "golden"];
+const TESTS: [&str; 5] = ["kernels", "oracle", "steps", "lost_device", "golden"];
 
 /// A shape to measure, with random weights.
 const SHAPE: &str = "llama-3.1-8b";

@@ -37,6 +37,7 @@ check sh -c './spate doctor > doctor.txt'
 cat doctor.txt
 check ./kernels
 check ./oracle
+check ./steps check
 check ./lost_device
 for model in models/*.gguf; do
     [ -e "$model" ] || continue
