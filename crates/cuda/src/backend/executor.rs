@@ -3,15 +3,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
 };
-use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
+use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
 use super::kv::{KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
-use super::loader::{CudaLoader, weight_bytes};
+use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
 use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
@@ -27,9 +28,6 @@ const LOGIT_TILE: usize = 256;
 
 /// Memory that is left to the driver: code of kernels, local memory, graphs.
 const DRIVER_RESERVE: u64 = 512 << 20;
-
-/// Threads that read weights: one alone does not saturate the page cache.
-const LOAD_THREADS: usize = 16;
 
 /// How prompts are computed while other sequences decode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +73,7 @@ pub struct CudaExecutor {
     device: Device,
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
+    weight_formats: Vec<WeightFormat>,
     next_ticket: u64,
     lanes: Vec<(LaneId, Lane)>,
     slots: Slots,
@@ -98,18 +97,16 @@ impl CudaExecutor {
         let device = Device::open(config.device)?;
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let weights_arena = Arena::new(&device, WEIGHTS, weight_bytes(checkpoint, &model))?;
+        let needs = WeightPlan::new(checkpoint, &model)?;
+        let weights_arena = Arena::new(&device, WEIGHTS, needs.bytes)?;
         let weight_bytes = weights_arena.size();
-        let loader = CudaLoader::new(weights_arena);
+        let loader = CudaLoader::new(weights_arena)?;
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
         let threads = threads.min(LOAD_THREADS);
         let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
-        let weights = weights.map_err(|e| match e {
-            LoadError::Model(e) => CudaError::Model(e),
-            LoadError::Backend(e) => e,
-        })?;
+        let weights = weights.map_err(load_error)?;
         let weights_arena = loader.finish()?;
-        let plan = Plan::new(&device, &model, config, weight_bytes)?;
+        let plan = Plan::new(&device, &model, config, weight_bytes, needs.scratch)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
         let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
@@ -124,6 +121,7 @@ impl CudaExecutor {
             max_seq_len: plan.max_seq_len as usize,
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
+            scratch: needs.scratch,
         });
         let lane_bytes = shared.lane_bytes(plan.max_works);
         let mut lane = |stream| {
@@ -162,6 +160,7 @@ impl CudaExecutor {
         Ok(Self {
             contract: Contract::new(plan.capacity(config)),
             budget,
+            weight_formats: needs.formats,
             next_ticket: 0,
             lanes,
             slots,
@@ -174,6 +173,11 @@ impl CudaExecutor {
     /// What the GPU's memory went to, in bytes.
     pub fn memory_budget(&self) -> Vec<(&'static str, u64)> {
         self.budget.clone()
+    }
+
+    /// The matrices, by the format that the file has them in.
+    pub fn weight_formats(&self) -> &[WeightFormat] {
+        &self.weight_formats
     }
 
     /// The GPU.
@@ -359,6 +363,7 @@ impl Plan {
         model: &ModelConfig,
         config: &CudaConfig,
         weight_bytes: u64,
+        scratch: usize,
     ) -> Result<Self, CudaError> {
         let max_seq_len = match config.max_seq_len {
             0 => model.context_len as u32,
@@ -408,7 +413,8 @@ impl Plan {
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let activations = activation_estimate(model, tokens, logit_tile, max_works);
+                let activations = activation_estimate(model, tokens, logit_tile, max_works)
+                    + Arena::room_for::<bf16>(scratch);
                 let steps = lanes as u64 * activations + sizes.bytes();
                 let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + steps);
                 left.ok_or(CudaError::NoKvCache {
