@@ -47,7 +47,7 @@ fn main() -> Result<()> {
     };
     let estimate = Estimate::new(&gguf, &config)?;
     let kv = estimate.kv_cache(options.streams, options.prompt + options.output)?;
-    config.kv_cache_bytes = kv.bytes();
+    config.kv_cache_bytes = kv.bytes;
     let mut bench = Bench {
         executor: CpuExecutor::load(&gguf, &config, &mut |_| {})?,
         blocks,
