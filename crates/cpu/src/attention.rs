@@ -5,11 +5,11 @@
 //! prompt into chunks, batching and block placement change the order of nothing, so they change no
 //! bit.
 //!
-//! Per tile and query: 16 scores, each the sum over the head's elements from the first to the last;
+//! Per tile and query: 16 scores, each the sum over the head's elements, 16 by 16 from the first on;
 //! the new maximum; e^(score - maximum); the old sum and output scaled by the change of the
 //! maximum; the sum of the 16 weights in a fixed tree; the weighted values, position by position.
-//! Of int8 keys, the sum over each group of elements is multiplied by the group's scale and added to
-//! the score; the scales of int8 values multiply the weights.
+//! Of int8 keys, the sum over each 16 elements is multiplied by their scale; the scales of int8 values
+//! multiply the weights.
 //!
 //! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
 //! the instruction set and so not inlined.
@@ -27,6 +27,10 @@ mod tests;
 /// Largest head that fits the buffers below.
 pub(crate) const MAX_HEAD_DIM: usize = 512;
 const MAX_LINES: usize = MAX_HEAD_DIM / TILE;
+
+/// How many tiles ahead a decode asks for: the CPU by itself looks no further than the page that it
+/// reads, and a tile is not much smaller. Queries of a prompt share a tile while it is in the cache.
+const AHEAD: usize = 2;
 
 /// The queries of some consecutive positions of one sequence that read the same key/value head.
 pub(crate) struct Attention<'a, C> {
@@ -51,34 +55,43 @@ pub(crate) struct Attention<'a, C> {
     pub(crate) window: usize,
 }
 
-/// `N` queries on their way through the tiles.
-struct Queries<const N: usize> {
-    /// Their elements, scaled, `[element][query]`: one element of all is one step of the scores.
-    q: [[f32; N]; MAX_HEAD_DIM],
+/// `N` queries on their way through the tiles, with room for heads of `LINES` lines.
+struct Queries<const N: usize, const LINES: usize> {
+    /// Their elements, scaled, a line for each group.
+    q: [[F32x16; LINES]; N],
     max: [f32; N],
     sum: [f32; N],
     /// Weighted values so far.
-    acc: [[F32x16; N]; MAX_LINES],
+    acc: [[F32x16; LINES]; N],
 }
 
 impl<C: KvLine> Kernel for Attention<'_, C> {
     #[inline(always)]
     fn run<V: Lanes>(self, v: V) {
-        let count = self.tokens * self.group;
-        let mut first = 0;
-        while first < count {
-            first += match count - first {
-                8.. if V::TOKENS >= 8 => self.queries::<V, 8>(v, first),
-                4.. => self.queries::<V, 4>(v, first),
-                3 => self.queries::<V, 3>(v, first),
-                2 => self.queries::<V, 2>(v, first),
-                _ => self.queries::<V, 1>(v, first),
-            };
+        // To clear more room than a head needs would cost time.
+        match self.shape.head_dim / TILE {
+            ..=8 => self.run_with::<V, 8>(v),
+            _ => self.run_with::<V, MAX_LINES>(v),
         }
     }
 }
 
 impl<C: KvLine> Attention<'_, C> {
+    #[inline(always)]
+    fn run_with<V: Lanes, const LINES: usize>(self, v: V) {
+        let count = self.tokens * self.group;
+        let mut first = 0;
+        while first < count {
+            first += match count - first {
+                8.. if V::TOKENS >= 8 => self.queries::<V, 8, LINES>(v, first),
+                4.. => self.queries::<V, 4, LINES>(v, first),
+                3 => self.queries::<V, 3, LINES>(v, first),
+                2 => self.queries::<V, 2, LINES>(v, first),
+                _ => self.queries::<V, 1, LINES>(v, first),
+            };
+        }
+    }
+
     /// Where query `i` lies in `queries` and `out`.
     #[inline(always)]
     fn offset(&self, i: usize) -> usize {
@@ -88,24 +101,23 @@ impl<C: KvLine> Attention<'_, C> {
 
     /// Answers the `N` queries from `first` on; gives `N`.
     #[inline(always)]
-    fn queries<V: Lanes, const N: usize>(&self, v: V, first: usize) -> usize {
+    fn queries<V: Lanes, const N: usize, const LINES: usize>(&self, v: V, first: usize) -> usize {
         let dim = self.shape.head_dim;
-        let mut queries = Queries {
-            q: [[0.0; N]; MAX_HEAD_DIM],
+        let mut queries = Queries::<N, LINES> {
+            q: [[F32x16([0.0; TILE]); LINES]; N],
             max: [f32::NEG_INFINITY; N],
             sum: [0.0; N],
-            acc: [[F32x16([0.0; TILE]); N]; MAX_LINES],
+            acc: [[F32x16([0.0; TILE]); LINES]; N],
         };
         for n in 0..N {
             let query = &self.queries[self.offset(first + n)..][..dim];
-            let groups = queries.q.chunks_exact_mut(GROUP);
-            for (q, x) in groups.zip(query.as_chunks::<GROUP>().0) {
+            for (q, x) in queries.q[n].iter_mut().zip(query.as_chunks::<GROUP>().0) {
                 let mut x = *x;
                 if C::SCALED {
                     rotate(&mut x); // as the keys are
                 }
-                for (q, x) in q.iter_mut().zip(x) {
-                    q[n] = x * self.scale;
+                for (q, x) in q.0.iter_mut().zip(x) {
+                    *q = x * self.scale;
                 }
             }
         }
@@ -113,6 +125,12 @@ impl<C: KvLine> Attention<'_, C> {
         let oldest = |n: usize| (position(n) + 1).saturating_sub(self.window);
         let first_tile = oldest(0) / TILE * TILE;
         for start in (first_tile..=position(N - 1)).step_by(TILE) {
+            let later = start + AHEAD * TILE;
+            if self.tokens == 1 && later <= position(0) {
+                let (keys, values) = self.kv.tile(self.shape, self.pages, later);
+                v.prefetch(keys.lines);
+                v.prefetch(values.lines);
+            }
             let (keys, values) = self.kv.tile(self.shape, self.pages, start);
             let scores = queries.scores(v, keys);
             // What each query may see of the tile.
@@ -131,8 +149,8 @@ impl<C: KvLine> Attention<'_, C> {
             let start = self.offset(first + n);
             // SAFETY: no other work has this token and head.
             let out = unsafe { self.out.slice(start..start + dim) };
-            for (out, acc) in out.chunks_exact_mut(TILE).zip(&queries.acc) {
-                let values = out.iter_mut().zip(acc[n].0);
+            for (out, acc) in out.chunks_exact_mut(TILE).zip(&queries.acc[n]) {
+                let values = out.iter_mut().zip(acc.0);
                 values.for_each(|(out, a)| *out = a / queries.sum[n]);
             }
         }
@@ -140,26 +158,31 @@ impl<C: KvLine> Attention<'_, C> {
     }
 }
 
-impl<const N: usize> Queries<N> {
+impl<const N: usize, const LINES: usize> Queries<N, LINES> {
+    /// Products with the sixteen keys of a tile.
     #[inline(always)]
-    fn scores<V: Lanes, C: KvLine>(&self, v: V, keys: Tile<'_, C>) -> [V::F; N] {
+    fn scores<V: Lanes, C: KvLine>(&self, v: V, tile: Tile<'_, C>) -> [V::F; N] {
         let mut scores = [v.splat(0.0); N];
-        if C::SCALED {
-            let groups = keys.lines.chunks_exact(GROUP).zip(keys.scales);
-            for ((keys, scale), q) in groups.zip(self.q.chunks_exact(GROUP)) {
-                let sums = sums(v, keys, q, [v.splat(0.0); N]);
-                let scale = scale.load(v);
+        for (line, keys) in tile.lines.chunks_exact(GROUP).enumerate() {
+            let mut sums = [v.splat(0.0); N];
+            for (i, key) in keys.iter().enumerate() {
+                let key = key.load(v);
                 for n in 0..N {
-                    scores[n] = v.mul_add(sums[n], scale, scores[n]);
+                    sums[n] = v.mul_add(v.splat(self.q[n][line].0[i]), key, sums[n]);
                 }
             }
-            scores
-        } else {
-            sums(v, keys.lines, &self.q, scores)
+            let scale = match C::SCALED {
+                true => tile.scales[line].load(v),
+                false => v.splat(1.0),
+            };
+            for n in 0..N {
+                scores[n] = v.mul_add(sums[n], scale, scores[n]);
+            }
         }
+        scores
     }
 
-    /// e^(score - maximum) of each position, `[position][query]`, after rescaling what came before.
+    /// e^(score - maximum) of each position, after rescaling what came before.
     #[inline(always)]
     fn weights<V: Lanes>(
         &mut self,
@@ -167,34 +190,32 @@ impl<const N: usize> Queries<N> {
         lines: usize,
         scores: [V::F; N],
         seen: &[Range<usize>; N],
-    ) -> [[f32; N]; TILE] {
-        let mut weights = [[0.0; N]; TILE];
+    ) -> [F32x16; N] {
+        let mut weights = [F32x16([0.0; TILE]); N];
         for n in 0..N {
             if seen[n].is_empty() {
                 continue;
             }
-            let mut scores = v.store(scores[n]).0;
+            weights[n] = v.store(scores[n]);
+            let scores = &mut weights[n].0;
             if seen[n] != (0..TILE) {
                 // What lies outside may be another sequence's leftovers.
                 scores[..seen[n].start].fill(f32::NEG_INFINITY);
                 scores[seen[n].end..].fill(f32::NEG_INFINITY);
             }
-            let max = fold(&scores, f32::max).max(self.max[n]);
+            let max = fold(scores, f32::max).max(self.max[n]);
             if max != self.max[n] {
                 let change = exp(self.max[n] - max);
                 self.sum[n] *= change;
-                for acc in &mut self.acc[..lines] {
-                    acc[n] = v.store(v.mul(v.load(&acc[n]), v.splat(change)));
+                for acc in &mut self.acc[n][..lines] {
+                    *acc = v.store(v.mul(v.load(acc), v.splat(change)));
                 }
                 self.max[n] = max;
             }
-            for score in &mut scores {
+            for score in &mut *scores {
                 *score = exp(*score - max);
             }
-            self.sum[n] += fold(&scores, |a, b| a + b);
-            for (weights, own) in weights.iter_mut().zip(scores) {
-                weights[n] = own;
-            }
+            self.sum[n] += fold(scores, |a, b| a + b);
         }
         weights
     }
@@ -206,26 +227,29 @@ impl<const N: usize> Queries<N> {
         v: V,
         values: Tile<'_, C>,
         lines: usize,
-        weights: &[[f32; N]; TILE],
+        weights: &[F32x16; N],
     ) {
-        for (line, acc) in self.acc[..lines].iter_mut().enumerate() {
+        let mut scaled = *weights;
+        for line in 0..lines {
+            if C::SCALED {
+                let scale = values.scales[line].load(v);
+                for n in 0..N {
+                    scaled[n] = v.store(v.mul(v.load(&weights[n]), scale));
+                }
+            }
             let mut sums = [v.splat(0.0); N];
             for n in 0..N {
-                sums[n] = v.load(&acc[n]);
+                sums[n] = v.load(&self.acc[n][line]);
             }
-            let scales = match C::SCALED {
-                true => v.store(values.scales[line].load(v)).0,
-                false => [1.0; TILE],
-            };
             let column = values.lines[line..].iter().step_by(lines);
-            for ((value, weights), scale) in column.zip(weights).zip(scales) {
+            for (position, value) in column.enumerate() {
                 let value = value.load(v);
                 for n in 0..N {
-                    sums[n] = v.mul_add(v.splat(weights[n] * scale), value, sums[n]);
+                    sums[n] = v.mul_add(v.splat(scaled[n].0[position]), value, sums[n]);
                 }
             }
             for n in 0..N {
-                acc[n] = v.store(sums[n]);
+                self.acc[n][line] = v.store(sums[n]);
             }
         }
     }
@@ -238,39 +262,19 @@ impl<const N: usize> Queries<N> {
         v: V,
         values: Tile<'_, C>,
         lines: usize,
-        weights: &[[f32; N]; TILE],
+        weights: &[F32x16; N],
         seen: &[Range<usize>; N],
     ) {
         for n in 0..N {
-            let seen = seen[n].clone();
-            for position in seen {
+            for position in seen[n].clone() {
                 let own = &values.lines[position * lines..][..lines];
-                for (line, (acc, value)) in self.acc.iter_mut().zip(own).enumerate() {
-                    let weight = weights[position][n] * values.scale(line, position);
-                    let sum = v.mul_add(v.splat(weight), value.load(v), v.load(&acc[n]));
-                    acc[n] = v.store(sum);
+                for (line, (acc, value)) in self.acc[n].iter_mut().zip(own).enumerate() {
+                    let weight = weights[n].0[position] * values.scale(line, position);
+                    *acc = v.store(v.mul_add(v.splat(weight), value.load(v), v.load(acc)));
                 }
             }
         }
     }
-}
-
-/// What products of `q`, one element of all queries after the other, with the elements of sixteen
-/// keys add to `sums`.
-#[inline(always)]
-fn sums<V: Lanes, C: KvLine, const N: usize>(
-    v: V,
-    keys: &[C],
-    q: &[[f32; N]],
-    mut sums: [V::F; N],
-) -> [V::F; N] {
-    for (key, q) in keys.iter().zip(q) {
-        let key = key.load(v);
-        for n in 0..N {
-            sums[n] = v.mul_add(v.splat(q[n]), key, sums[n]);
-        }
-    }
-    sums
 }
 
 /// Halves against halves: a fixed order that takes few steps.

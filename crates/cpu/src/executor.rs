@@ -9,6 +9,7 @@ use spate_executor::{
 use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
 
+use crate::common_key::common_keys;
 use crate::kv::{KvCache, KvDtype, KvPlan};
 use crate::linear::Isa;
 use crate::ops::CpuOps;
@@ -102,9 +103,15 @@ impl CpuExecutor {
             LoadError::Backend(e) => e,
         })?;
         let ropes = Ropes::new(&model, max_seq_len as usize);
+        let biases = weights.layers.iter().map(|l| l.qkv.bias.as_deref());
+        // Float32 is exact enough to hold keys as they are.
+        let common_keys = match kv_plan.dtype {
+            KvDtype::F32 => vec![Vec::new(); model.layers],
+            _ => common_keys(&model, &ropes, max_seq_len, biases),
+        };
         let kv = KvCache::new(&kv_plan)?;
-        let tokens = config.max_batch_tokens as usize;
-        let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
+        let (slots, tokens) = (config.slots as usize, config.max_batch_tokens as usize);
+        let mut ops = CpuOps::new(pool, &model, ropes, common_keys, kv, slots, tokens)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![

@@ -198,24 +198,21 @@ impl<C: KvLine> HeadPool<C> {
         value: &[f32],
     ) {
         let (tile, lane) = (shape.tile(pages, position), position % TILE);
-        let groups = key.len() / GROUP;
+        let groups = shape.groups();
         for (g, key) in key.as_chunks::<GROUP>().0.iter().enumerate() {
             let mut key = *key;
             if C::SCALED {
                 rotate(&mut key);
             }
-            let inverse = self.keys.set_scale(tile * groups + g, lane, &key);
-            let lines = &mut self.keys.lines[tile * shape.tile_lines() + g * GROUP..];
-            for (line, k) in lines.iter_mut().zip(key) {
-                line.set(lane, k * inverse);
+            let line = self.keys.line(tile * groups + g, lane, key);
+            let lines = &mut self.keys.lines[tile * shape.tile_lines() + g * GROUP..][..GROUP];
+            for (element, own) in lines.iter_mut().enumerate() {
+                own.set_from(lane, &line, element);
             }
         }
-        for (g, value) in value.chunks_exact(GROUP).enumerate() {
-            let inverse = self.values.set_scale(tile * groups + g, lane, value);
-            // A group of a value is one line.
-            let line = &mut self.values.lines[tile * shape.tile_lines() + lane * groups + g];
-            let numbers = value.iter().enumerate();
-            numbers.for_each(|(l, v)| line.set(l, v * inverse));
+        for (g, value) in value.as_chunks::<GROUP>().0.iter().enumerate() {
+            let line = self.values.line(tile * groups + g, lane, *value);
+            self.values.lines[tile * shape.tile_lines() + lane * groups + g] = line;
         }
     }
 
@@ -241,14 +238,14 @@ impl<C: KvLine> Vectors<C> {
         })
     }
 
-    /// Sets the scale of a group's numbers `x`, if they have one; gives what to multiply them with.
-    fn set_scale(&mut self, group: usize, lane: usize, x: &[f32]) -> f32 {
-        if !C::SCALED {
-            return 1.0;
+    /// One group's numbers `x` as a line; its scale, if there is one, is stored.
+    fn line(&mut self, group: usize, lane: usize, mut x: [f32; GROUP]) -> C {
+        if C::SCALED {
+            let (scale, inverse) = int8_scale(&x);
+            self.scales[group].set(lane, scale);
+            x.iter_mut().for_each(|x| *x *= inverse);
         }
-        let (scale, inverse) = int8_scale(x);
-        self.scales[group].set(lane, scale);
-        inverse
+        C::from_floats(&x)
     }
 
     #[inline(always)]

@@ -6,6 +6,7 @@
 //! on threads, nor on the instruction set.
 
 mod attention;
+mod common_key;
 mod error;
 mod estimate;
 mod executor;
@@ -17,6 +18,7 @@ mod philox;
 mod pool;
 mod rope;
 mod sampler;
+pub mod selftest;
 mod slots;
 mod step;
 mod weights;

@@ -5,6 +5,7 @@ use spate_model::{Activation, ModelConfig, Ops};
 use spate_types::{Logprobs, SampledToken};
 
 use crate::attention::Attention;
+use crate::common_key;
 use crate::kv::{KvCache, KvLine, KvPool};
 use crate::linear::{Isa, Scratch, linear};
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
@@ -28,6 +29,8 @@ pub(crate) struct CpuOps {
     pool: ThreadPool,
     config: ModelConfig,
     pub(crate) ropes: Ropes,
+    /// See [`common_key::common_keys`].
+    common_keys: Vec<Vec<f32>>,
     max_tokens: usize,
     /// Bytes that [`Ops::alloc`] gave out.
     allocated: u64,
@@ -81,6 +84,7 @@ impl CpuOps {
         pool: ThreadPool,
         config: &ModelConfig,
         ropes: Ropes,
+        common_keys: Vec<Vec<f32>>,
         kv: KvCache,
         slots: usize,
         max_tokens: usize,
@@ -92,6 +96,7 @@ impl CpuOps {
             scratch: Scratch::new(max_tokens, widest),
             pool,
             ropes,
+            common_keys,
             max_tokens,
             allocated: 0,
             kv,
@@ -264,6 +269,7 @@ impl Ops for CpuOps {
                 });
             });
         }
+        common_key::subtract(k, &self.common_keys[layer]);
         match &mut self.kv {
             KvCache::F32(kv) => append(&self.pool, kv, step, layer, k, v),
             KvCache::F16(kv) => append(&self.pool, kv, step, layer, k, v),

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
 use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput, conformance};
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{ARCHITECTURES, Gguf};
@@ -50,6 +50,8 @@ fn cuda(gguf: &Gguf) -> Result<Box<dyn Executor>, CudaError> {
         max_seq_len: 0,
         slots: 16,
         max_batch_tokens: 512,
+        overlap: Overlap::Off,
+        graphs: true,
     };
     Ok(Box::new(CudaExecutor::load(gguf, &config, &mut |_| {})?))
 }

@@ -245,7 +245,9 @@ async fn a_lost_device_ends_every_stream_and_turns_health_red() {
     lost.fatal_after = Some(5);
     let mut hung = sim();
     hung.hang_after = Some(5);
-    for sim in [lost, hung] {
+    let mut stuck = sim();
+    stuck.stuck_after = Some(5);
+    for sim in [lost, hung, stuck] {
         let engine = start(&sim);
         let streams: Vec<_> = (1..6)
             .map(|i| submit(&engine, request(&engine, &[i, 2, 3], 2, 100)))

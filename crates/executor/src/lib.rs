@@ -15,11 +15,13 @@ mod batch;
 pub mod conformance;
 mod contract;
 mod error;
+mod pools;
 mod sim;
 
 pub use batch::{Batch, Bind, BlockCopy, Completion, Input, Lane, Row, RowOutput, Ticket};
 pub use contract::Contract;
 pub use error::ExecutorError;
+pub use pools::KvMemory;
 pub use sim::{SimConfig, SimExecutor};
 
 use std::time::Instant;

@@ -28,6 +28,8 @@ pub struct SimConfig {
     pub fatal_after: Option<u64>,
     /// The device hangs after so many steps: nothing completes any more.
     pub hang_after: Option<u64>,
+    /// The driver hangs after so many steps: the call never returns.
+    pub stuck_after: Option<u64>,
 }
 
 impl SimConfig {
@@ -40,6 +42,7 @@ impl SimConfig {
             fail_token: None,
             fatal_after: None,
             hang_after: None,
+            stuck_after: None,
         }
     }
 }
@@ -328,20 +331,17 @@ impl Executor for SimExecutor {
         if let Some(error) = &self.misused {
             return Err(error.clone());
         }
-        if self
-            .config
-            .fatal_after
-            .is_some_and(|steps| self.completed >= steps)
-        {
+        let after = |steps: Option<u64>| steps.is_some_and(|steps| self.completed >= steps);
+        if after(self.config.fatal_after) {
             return Err(ExecutorError::Fatal("the simulated device was lost".into()));
+        }
+        while after(self.config.stuck_after) {
+            std::thread::park();
         }
         let Some(lane) = self.next_lane() else {
             return Ok(None);
         };
-        let hangs = self
-            .config
-            .hang_after
-            .is_some_and(|steps| self.completed >= steps);
+        let hangs = after(self.config.hang_after);
         let queue = &mut self.queues[lane as usize];
         let ready_at = queue.front().expect("next_lane saw one").ready_at;
         let until = if hangs {

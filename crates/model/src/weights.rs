@@ -9,7 +9,7 @@ use crate::{Checkpoint, Loader, MatrixPart, MatrixSource, ModelConfig, ModelErro
 mod tests;
 
 /// All weights of a model, in a backend's form.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Weights<M, V> {
     /// Token embeddings `[vocab, hidden]`.
     pub embedding: M,
@@ -22,7 +22,7 @@ pub struct Weights<M, V> {
 }
 
 /// The weights of one transformer block.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LayerWeights<M, V> {
     /// Norm before attention.
     pub attn_norm: V,

@@ -7,12 +7,12 @@ use anyhow::{Result, bail};
 use spate_cpu::{CpuConfig, Estimate};
 use spate_model::{ModelConfig, TensorInfo};
 
+use crate::backend::cpu_config;
 use crate::memory;
 use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
-use crate::serve::cpu_config;
 use crate::settings::units::{format_size, parse_size};
-use crate::settings::{SettingFlags, Settings};
+use crate::settings::{SettingFlags, Settings, Sizes};
 
 /// Show what a model is, what it takes, and whether it fits this machine
 #[derive(Debug, clap::Args)]
@@ -50,11 +50,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         &CpuConfig {
             // Of any size: a block's is asked for.
             kv_cache_bytes: u64::MAX,
-            ..cpu_config(&settings)
+            ..cpu_config(&settings)?
         },
     )?;
     let mut text = describe(&resolved.name, &model, &config);
-    let needs = Needs::new(&estimate, load, settings.block_size.into());
+    let block_size = Sizes::on_cpu(&settings).block_size;
+    let needs = Needs::new(&estimate, load, block_size.into());
     needs.describe(&mut text, load, settings.cpu_mode.name());
     text.push_str(&verdict(
         needs,

@@ -1,5 +1,6 @@
 //! The Spate daemon and command line.
 
+mod backend;
 mod bench;
 mod chat;
 mod client;

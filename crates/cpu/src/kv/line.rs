@@ -13,7 +13,8 @@ pub enum KvDtype {
     Bf16,
     /// 8-bit integers; a float16 scale for every 16 numbers of a key or a value. Keys are rotated
     /// first, so that the few large elements that some models' keys have don't cost the others
-    /// their bits.
+    /// their bits. What a bias adds to all keys alike is left out, as it is of the other narrow
+    /// types.
     Int8,
 }
 
@@ -66,6 +67,18 @@ impl Column for I8x16 {
     fn set(&mut self, lane: usize, value: f32) {
         // The scale was rounded: the largest may come out a little above 127.
         self.0[lane] = value.round_ties_even().clamp(-127.0, 127.0) as i8;
+    }
+
+    fn from_floats(values: &[f32; 16]) -> Self {
+        let mut out = Self::ZERO;
+        for (lane, &value) in values.iter().enumerate() {
+            out.set(lane, value);
+        }
+        out
+    }
+
+    fn set_from(&mut self, lane: usize, other: &Self, from: usize) {
+        self.0[lane] = other.0[from];
     }
 
     fn get(&self, lane: usize) -> f32 {

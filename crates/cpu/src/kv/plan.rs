@@ -1,14 +1,10 @@
-use spate_executor::LocalKv;
+use spate_executor::{KvMemory, LocalKv};
 use spate_model::ModelConfig;
 
 use super::{KvDtype, KvShape, TILE};
 use crate::{CpuConfig, CpuError, MAX_HEAD_DIM};
 
 const MAX_BLOCK_SIZE: usize = 1024;
-
-/// Windows in a sequence of the length for which the pools are sized: shorter sequences run out of
-/// local blocks first, longer ones of main blocks.
-const TYPICAL_WINDOWS: usize = 4;
 
 /// How the memory for the KV cache is cut into pools.
 #[derive(Debug, Clone)]
@@ -66,35 +62,22 @@ impl KvPlan {
         config: &CpuConfig,
         max_seq_len: u32,
     ) -> bool {
-        let (size, tokens) = (config.block_size, config.max_batch_tokens);
-        let wide = |n: usize| n as u128;
-        let typical = window.saturating_mul(TYPICAL_WINDOWS);
-        let typical = typical.min(max_seq_len as usize).div_ceil(size as usize);
-        // A window may begin within a block.
-        let windowed = window.div_ceil(size as usize) + 1;
-        if windowed >= typical {
+        let layers = |local: bool| is_local.iter().filter(|l| **l == local).count() as u64;
+        let bytes = self.main.block_bytes(self.dtype);
+        let memory = KvMemory {
+            bytes: config.kv_cache_bytes,
+            main_block: bytes * layers(false),
+            local_block: bytes * layers(true),
+            block_size: config.block_size,
+            max_seq_len,
+            max_batch_tokens: config.max_batch_tokens,
+        };
+        let Some((main, local)) = memory.divide(window as u32) else {
             return false;
-        }
-        let layers = |local: bool| is_local.iter().filter(|l| **l == local).count();
-        let bytes = u128::from(self.main.block_bytes(self.dtype));
-        let (main_bytes, local_bytes) = (bytes * wide(layers(false)), bytes * wide(layers(true)));
-        // Prompts that are being computed need room for a step beside their window.
-        let step = tokens.div_ceil(size) as usize;
-        let budget = u128::from(config.kv_cache_bytes);
-        let budget = budget.saturating_sub(local_bytes * wide(step));
-        let per_typical = main_bytes * wide(typical) + local_bytes * wide(windowed);
-        let most = wide(u32::MAX as usize);
-        let main = (budget * wide(typical) / per_typical).min(most) as u32;
-        let local = (wide(main as usize) * wide(windowed) / wide(typical)) as u32;
-        let local = local.saturating_add(step as u32);
-        let window = window as u32;
-        if local < LocalKv::least_blocks(window, size, tokens) || local >= main {
-            return false;
-        }
+        };
         let mut shape = self.main;
-        shape.blocks = local as usize;
-        let blocks = local;
-        self.local = Some((shape, LocalKv { window, blocks }));
+        shape.blocks = local.blocks as usize;
+        self.local = Some((shape, local));
         self.main.blocks = main as usize;
         self.is_local = is_local.to_vec();
         true

@@ -85,7 +85,8 @@ fn quantize_block(x: &[f32; BLOCK], out: &mut ActBlock) {
     let first: i32 = first.iter().map(|&q| i32::from(q)).sum();
     let second: i32 = second.iter().map(|&q| i32::from(q)).sum();
     for (word, q) in out.words.iter_mut().zip(q.as_chunks::<4>().0) {
-        *word = i32::from_le_bytes(q.map(i8::cast_unsigned));
+        let [a, b, c, d] = *q;
+        *word = i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]);
     }
     out.scale = scale;
     out.sum = [first, second, first + second];

@@ -1,5 +1,6 @@
 //! Float weights in panels of sixteen rows.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use spate_model::quant::{GgmlType, QuantError, dequantize};
 
@@ -17,6 +18,10 @@ const SPAN: usize = 64;
 pub(crate) trait Column: Copy + Send + Sync {
     const ZERO: Self;
     fn set(&mut self, lane: usize, weight: f32);
+    /// Sixteen at once.
+    fn from_floats(weights: &[f32; PANEL]) -> Self;
+    /// Copies one lane of another column.
+    fn set_from(&mut self, lane: usize, other: &Self, from: usize);
     fn get(&self, lane: usize) -> f32;
     fn load<V: Lanes>(&self, v: V) -> V::F;
 }
@@ -26,6 +31,14 @@ impl Column for F32x16 {
 
     fn set(&mut self, lane: usize, weight: f32) {
         self.0[lane] = weight;
+    }
+
+    fn from_floats(weights: &[f32; PANEL]) -> Self {
+        F32x16(*weights)
+    }
+
+    fn set_from(&mut self, lane: usize, other: &Self, from: usize) {
+        self.0[lane] = other.0[from];
     }
 
     fn get(&self, lane: usize) -> f32 {
@@ -49,6 +62,20 @@ impl Column for F16x16 {
         self.0.0[lane] = f16::from_f32(weight).to_bits();
     }
 
+    fn from_floats(weights: &[f32; PANEL]) -> Self {
+        let mut halves = [f16::ZERO; PANEL];
+        halves.convert_from_f32_slice(weights);
+        let mut bits = Half16([0; PANEL]);
+        for (bits, half) in bits.0.iter_mut().zip(halves) {
+            *bits = half.to_bits();
+        }
+        Self(bits)
+    }
+
+    fn set_from(&mut self, lane: usize, other: &Self, from: usize) {
+        self.0.0[lane] = other.0.0[from];
+    }
+
     fn get(&self, lane: usize) -> f32 {
         f16::from_bits(self.0.0[lane]).to_f32()
     }
@@ -68,6 +95,20 @@ impl Column for Bf16x16 {
 
     fn set(&mut self, lane: usize, weight: f32) {
         self.0.0[lane] = bf16::from_f32(weight).to_bits();
+    }
+
+    fn from_floats(weights: &[f32; PANEL]) -> Self {
+        let mut halves = [bf16::ZERO; PANEL];
+        halves.convert_from_f32_slice(weights);
+        let mut bits = Half16([0; PANEL]);
+        for (bits, half) in bits.0.iter_mut().zip(halves) {
+            *bits = half.to_bits();
+        }
+        Self(bits)
+    }
+
+    fn set_from(&mut self, lane: usize, other: &Self, from: usize) {
+        self.0.0[lane] = other.0.0[from];
     }
 
     fn get(&self, lane: usize) -> f32 {

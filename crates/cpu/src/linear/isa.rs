@@ -1,3 +1,5 @@
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::amx::{self, TileKernel, Tiles};
 use super::lanes::{Kernel, Lanes, Scalar};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{Avx2, Avx512};
@@ -15,6 +17,8 @@ enum Kind {
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
 }
 
 impl Isa {
@@ -40,6 +44,10 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 available.push(Self(Kind::Avx512));
+                #[cfg(target_os = "linux")]
+                if amx::available() {
+                    available.push(Self(Kind::Amx));
+                }
             }
         }
         available
@@ -62,6 +70,8 @@ impl Isa {
             Kind::AvxVnni => "AVX2 + VNNI",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "AVX-512 + VNNI",
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kind::Amx => "AVX-512 + VNNI + AMX",
         }
     }
 
@@ -78,7 +88,28 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above, and AVX-512 F, BW, VL and VNNI.
             Kind::Avx512 => unsafe { run_avx512(kernel, Avx512::new()) },
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            // SAFETY: AMX is found only together with those.
+            Kind::Amx => unsafe { run_avx512(kernel, Avx512::new()) },
         }
+    }
+
+    /// Whether there is a matrix unit.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub(super) fn has_tiles(self) -> bool {
+        self.0 == Kind::Amx
+    }
+
+    /// Runs `kernel` with this thread's matrix unit.
+    ///
+    /// # Panics
+    /// If this instruction set [has none](Self::has_tiles).
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub(super) fn run_tiles(self, kernel: impl TileKernel) {
+        assert!(self.has_tiles());
+        // SAFETY: an Isa of this kind exists only where `available` found AMX and AVX-512; kernels do
+        // not run kernels, so the thread has no other `Tiles`.
+        unsafe { run_amx(kernel, Avx512::new(), &Tiles::new()) }
     }
 }
 
@@ -98,4 +129,11 @@ fn run_avx_vnni(kernel: impl Kernel, lanes: impl Lanes) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn run_avx512(kernel: impl Kernel, lanes: impl Lanes) {
     kernel.run(lanes);
+}
+
+/// AMX itself is written in assembly language, which needs no feature.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn run_amx(kernel: impl TileKernel, lanes: impl Lanes, tiles: &Tiles) {
+    kernel.run(lanes, tiles);
 }

@@ -10,6 +10,11 @@ use half::{bf16, f16};
 #[repr(C, align(64))]
 pub(crate) struct F32x16(pub(crate) [f32; 16]);
 
+/// Sixteen i32.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct I32x16(pub(crate) [i32; 16]);
+
 /// Sixteen float16 or bfloat16, as bits.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
@@ -36,13 +41,20 @@ pub(crate) trait Lanes: Copy {
     /// The most tokens that a kernel should work on at once: what the registers hold.
     const TOKENS: usize;
 
+    /// Asks for data that will be read soon; nothing where there is no such instruction.
+    #[inline(always)]
+    fn prefetch<T>(self, _data: &[T]) {}
+
     fn splat_i(self, value: i32) -> Self::I;
+    fn load_i(self, value: &I32x16) -> Self::I;
     fn bytes(self, line: &Line) -> Self::Q;
     /// The low and the high nibbles of each byte.
     fn nibbles(self, line: &Line) -> (Self::Q, Self::Q);
     /// `low | (high, each byte rotated left by `turn` bits) & mask`. The mask is within bits 4 and 5, and
     /// takes no bit that the rotation carries around.
     fn with_high(self, low: Self::Q, high: Self::Q, turn: u32, mask: u8) -> Self::Q;
+    /// Each byte less `offset`, wrapping around.
+    fn store_bytes(self, bytes: Self::Q, offset: u8) -> Line;
     /// `acc[l] + Σ_j q[l][j] · x[j]`, where `x` is four i8 (the first in the low byte), none of them
     /// -128. Without `WIDE` every `q` must be below 128.
     fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I;
@@ -79,6 +91,16 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn splat_i(self, value: i32) -> Self::I {
         [value; 16]
+    }
+
+    #[inline(always)]
+    fn load_i(self, value: &I32x16) -> Self::I {
+        value.0
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, bytes: Self::Q, offset: u8) -> Line {
+        Line(bytes.map(|b| b.wrapping_sub(offset)))
     }
 
     #[inline(always)]

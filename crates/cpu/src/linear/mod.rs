@@ -10,6 +10,8 @@
 //! threads or the instruction set change a bit of it.
 
 mod activations;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod dense;
 mod isa;
 mod lanes;
@@ -18,6 +20,8 @@ mod packed;
 mod sweep;
 #[cfg(test)]
 mod tests;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tile_sweep;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

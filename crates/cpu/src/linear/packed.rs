@@ -10,6 +10,8 @@ use super::isa::Isa;
 use super::lanes::{Half16, Lanes, Line};
 use super::memory::huge_vec;
 use super::sweep::{PANEL, Panels, Sweep, panels};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::tile_sweep::{self, TileSweep};
 use crate::pool::ThreadPool;
 
 /// How the weights of a matrix are stored: `scale · (q - offset)`, or `scale · q + min`.
@@ -154,16 +156,30 @@ impl Packed {
             has_min,
         } = self.format;
         match (bits, group, has_min) {
-            (4, 32, false) => sweep.run(isa, PackedTimes::<4, 32, false> { weights: self, x }),
-            (4, 32, true) => sweep.run(isa, PackedTimes::<4, 32, true> { weights: self, x }),
-            (4, 16, false) => sweep.run(isa, PackedTimes::<4, 16, false> { weights: self, x }),
-            (4, 16, true) => sweep.run(isa, PackedTimes::<4, 16, true> { weights: self, x }),
-            (5, 32, false) => sweep.run(isa, PackedTimes::<5, 32, false> { weights: self, x }),
-            (5, 32, true) => sweep.run(isa, PackedTimes::<5, 32, true> { weights: self, x }),
-            (6, 16, false) => sweep.run(isa, PackedTimes::<6, 16, false> { weights: self, x }),
-            (8, 32, false) => sweep.run(isa, PackedTimes::<8, 32, false> { weights: self, x }),
+            (4, 32, false) => self.run::<4, 32, false>(isa, x, sweep),
+            (4, 32, true) => self.run::<4, 32, true>(isa, x, sweep),
+            (4, 16, false) => self.run::<4, 16, false>(isa, x, sweep),
+            (4, 16, true) => self.run::<4, 16, true>(isa, x, sweep),
+            (5, 32, false) => self.run::<5, 32, false>(isa, x, sweep),
+            (5, 32, true) => self.run::<5, 32, true>(isa, x, sweep),
+            (6, 16, false) => self.run::<6, 16, false>(isa, x, sweep),
+            (8, 32, false) => self.run::<8, 32, false>(isa, x, sweep),
             other => unreachable!("no GGML type has the format {other:?}"),
         }
+    }
+
+    fn run<const BITS: u32, const GROUP: usize, const MIN: bool>(
+        &self,
+        isa: Isa,
+        x: &[ActBlock],
+        sweep: Sweep<'_>,
+    ) {
+        let times = PackedTimes::<BITS, GROUP, MIN> { weights: self, x };
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if isa.has_tiles() && sweep.m >= tile_sweep::MIN_TOKENS {
+            return isa.run_tiles(TileSweep { sweep, times });
+        }
+        sweep.run(isa, times);
     }
 
     /// One row as float32.
@@ -257,10 +273,129 @@ fn pack_group(format: Format, q: &[u8], shift: u8, lane: usize, lines: &mut [Lin
 /// Each result is `Σ_g scale_w · scale_x · (Σ_c q_w · q_x)`, plus `min · scale_x · Σ_c q_x`, added
 /// up group by group from the first column on, whatever the number of tokens: the inner sums are
 /// exact integers.
-struct PackedTimes<'a, const BITS: u32, const GROUP: usize, const MIN: bool> {
+pub(super) struct PackedTimes<'a, const BITS: u32, const GROUP: usize, const MIN: bool> {
     weights: &'a Packed,
     /// `[m, cols / 32]`
-    x: &'a [ActBlock],
+    pub(super) x: &'a [ActBlock],
+}
+
+impl<const BITS: u32, const GROUP: usize, const MIN: bool> PackedTimes<'_, BITS, GROUP, MIN> {
+    const FORMAT: Format = Format {
+        bits: BITS,
+        group: GROUP,
+        has_min: MIN,
+    };
+
+    /// Groups of a panel: those of panel `p` begin with group `p * groups()`.
+    #[inline(always)]
+    pub(super) fn groups(&self) -> usize {
+        self.weights.groups
+    }
+
+    #[inline(always)]
+    fn lines(&self, group: usize) -> &[Line] {
+        let count = Self::FORMAT.lines_per_group();
+        &self.weights.lines[group * count..][..count]
+    }
+
+    /// The weights of the columns `4 i + j` of a group, and of those half a group further.
+    #[inline(always)]
+    fn halves<V: Lanes>(v: V, lines: &[Line], i: usize) -> (V::Q, V::Q) {
+        let (format, count) = (Self::FORMAT, Self::FORMAT.nibble_lines());
+        let (mut low, mut high) = v.nibbles(&lines[i]);
+        if BITS > 4 {
+            let above = v.bytes(&lines[count]);
+            low = v.with_high(low, above, format.turn(i), format.high_mask());
+            high = v.with_high(high, above, format.turn(i + count), format.high_mask());
+        }
+        (low, high)
+    }
+
+    /// A group's weights less their offset, as signed bytes: `GROUP / 4` lines of four columns.
+    #[inline(always)]
+    pub(super) fn unpack<V: Lanes>(&self, v: V, group: usize, out: &mut [Line]) {
+        let (lines, offset) = (self.lines(group), Self::FORMAT.offset());
+        if BITS == 8 {
+            for (out, line) in out.iter_mut().zip(lines) {
+                *out = v.store_bytes(v.bytes(line), offset);
+            }
+        } else {
+            let count = Self::FORMAT.nibble_lines();
+            for i in 0..count {
+                let (low, high) = Self::halves(v, lines, i);
+                out[i] = v.store_bytes(low, offset);
+                out[i + count] = v.store_bytes(high, offset);
+            }
+        }
+    }
+
+    /// `Σ_c (q_w - offset) · q_x` over a group's columns, which are the `part`-th of block `b`.
+    #[inline(always)]
+    fn dots<V: Lanes, const T: usize>(
+        &self,
+        v: V,
+        group: usize,
+        x: &[&[ActBlock]; T],
+        (b, part): (usize, usize),
+    ) -> [V::I; T] {
+        let (lines, word) = (self.lines(group), part * (GROUP / 4));
+        let mut dots = [v.splat_i(0); T];
+        if !MIN {
+            let offset = i32::from(Self::FORMAT.offset());
+            for t in 0..T {
+                dots[t] = v.splat_i(-offset * x[t][b].sum[Self::span(part)]);
+            }
+        }
+        if BITS == 8 {
+            for (i, line) in lines.iter().enumerate() {
+                let q = v.bytes(line);
+                for t in 0..T {
+                    dots[t] = v.dot4::<true>(dots[t], q, x[t][b].words[word + i]);
+                }
+            }
+        } else {
+            let count = Self::FORMAT.nibble_lines();
+            for i in 0..count {
+                let (low, high) = Self::halves(v, lines, i);
+                for t in 0..T {
+                    let words = &x[t][b].words[word..];
+                    dots[t] = v.dot4::<false>(dots[t], low, words[i]);
+                    dots[t] = v.dot4::<false>(dots[t], high, words[i + count]);
+                }
+            }
+        }
+        dots
+    }
+
+    /// Adds a group, whose [`dots`](Self::dots) are given, to the outputs.
+    #[inline(always)]
+    pub(super) fn add<V: Lanes, const T: usize>(
+        &self,
+        v: V,
+        group: usize,
+        dots: &[V::I; T],
+        x: &[&[ActBlock]; T],
+        (b, part): (usize, usize),
+        out: &mut [V::F; T],
+    ) {
+        let scale = v.load_f16(&self.weights.scales[group]);
+        for t in 0..T {
+            let scale = v.mul(scale, v.splat(x[t][b].scale));
+            out[t] = v.mul_add(v.to_f(dots[t]), scale, out[t]);
+        }
+        if MIN {
+            let min = v.load_f16(&self.weights.mins[group]);
+            for t in 0..T {
+                out[t] = v.mul_add(min, v.splat(x[t][b].scaled_sum[Self::span(part)]), out[t]);
+            }
+        }
+    }
+
+    /// Which of a block's three sums goes with its `part`-th group.
+    #[inline(always)]
+    const fn span(part: usize) -> usize {
+        if GROUP == BLOCK { 2 } else { part }
+    }
 }
 
 impl<const BITS: u32, const GROUP: usize, const MIN: bool> Panels
@@ -268,72 +403,18 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> Panels
 {
     #[inline(always)]
     fn tile<V: Lanes, const T: usize>(&self, v: V, panel: usize, token: usize) -> [V::F; T] {
-        let format = const {
-            Format {
-                bits: BITS,
-                group: GROUP,
-                has_min: MIN,
-            }
-        };
-        let (per_group, per_block) = (format.lines_per_group(), BLOCK / GROUP);
-        let weights = self.weights;
-        let groups = panel * weights.groups..(panel + 1) * weights.groups;
-        let lines = &weights.lines[groups.start * per_group..groups.end * per_group];
-        let scales = &weights.scales[groups.clone()];
-        let mins = if MIN { &weights.mins[groups] } else { &[] };
-        let blocks = weights.groups / per_block;
+        let (groups, per_block) = (self.groups(), BLOCK / GROUP);
+        let blocks = groups / per_block;
         let mut x: [&[ActBlock]; T] = [&[]; T];
         for (t, x) in x.iter_mut().enumerate() {
             *x = &self.x[(token + t) * blocks..][..blocks];
         }
-
-        let mut acc = [v.splat(0.0); T];
-        for (g, lines) in lines.chunks_exact(per_group).enumerate() {
-            let (b, part) = (g / per_block, g % per_block);
-            // Which of a block's three sums.
-            let span = if GROUP == BLOCK { 2 } else { part };
-            let mut dot = [v.splat_i(0); T];
-            if !MIN {
-                for t in 0..T {
-                    dot[t] = v.splat_i(-i32::from(format.offset()) * x[t][b].sum[span]);
-                }
-            }
-            let words = part * (GROUP / 4);
-            if BITS == 8 {
-                for (i, line) in lines.iter().enumerate() {
-                    let q = v.bytes(line);
-                    for t in 0..T {
-                        dot[t] = v.dot4::<true>(dot[t], q, x[t][b].words[words + i]);
-                    }
-                }
-            } else {
-                let count = format.nibble_lines();
-                let above = v.bytes(&lines[per_group - 1]);
-                for (i, line) in lines[..count].iter().enumerate() {
-                    let (mut low, mut high) = v.nibbles(line);
-                    if BITS > 4 {
-                        low = v.with_high(low, above, format.turn(i), format.high_mask());
-                        high = v.with_high(high, above, format.turn(i + count), format.high_mask());
-                    }
-                    for t in 0..T {
-                        let words = &x[t][b].words[words..];
-                        dot[t] = v.dot4::<false>(dot[t], low, words[i]);
-                        dot[t] = v.dot4::<false>(dot[t], high, words[i + count]);
-                    }
-                }
-            }
-            let scale = v.load_f16(&scales[g]);
-            for t in 0..T {
-                let scale = v.mul(scale, v.splat(x[t][b].scale));
-                acc[t] = v.mul_add(v.to_f(dot[t]), scale, acc[t]);
-            }
-            if MIN {
-                let min = v.load_f16(&mins[g]);
-                for t in 0..T {
-                    acc[t] = v.mul_add(min, v.splat(x[t][b].scaled_sum[span]), acc[t]);
-                }
-            }
+        let mut out = [v.splat(0.0); T];
+        for g in 0..groups {
+            let (group, at) = (panel * groups + g, (g / per_block, g % per_block));
+            let dots = self.dots(v, group, &x, at);
+            self.add(v, group, &dots, &x, at, &mut out);
         }
-        acc
+        out
     }
 }

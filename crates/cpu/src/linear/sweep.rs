@@ -9,7 +9,7 @@ pub(super) const PANEL: usize = 16;
 
 /// Tokens that meet all panels of a task before the next tokens do: their activations stay in the
 /// second-level cache.
-const TOKENS: usize = 64;
+pub(super) const TOKENS: usize = 64;
 
 /// Panels that hold `rows` output rows.
 pub(super) fn panels(rows: usize) -> usize {
@@ -45,7 +45,7 @@ impl Sweep<'_> {
 
     /// Stores the outputs of one panel for one token.
     #[inline(always)]
-    fn store(&self, panel: usize, token: usize, values: &[f32; PANEL]) {
+    pub(super) fn store(&self, panel: usize, token: usize, values: &[f32; PANEL]) {
         let row = panel * PANEL;
         let count = PANEL.min(self.rows - row);
         let start = token * self.rows + row;
@@ -55,6 +55,42 @@ impl Sweep<'_> {
             Ok(out) => *out = *values,
             Err(_) => out.copy_from_slice(&values[..count]),
         }
+    }
+
+    /// Computes and stores the outputs of one panel for some tokens.
+    #[inline(always)]
+    pub(super) fn tokens<V: Lanes>(
+        &self,
+        v: V,
+        weights: &impl Panels,
+        panel: usize,
+        tokens: Range<usize>,
+    ) {
+        let mut token = tokens.start;
+        while token < tokens.end {
+            token += match tokens.end - token {
+                8.. if V::TOKENS >= 8 => self.tile::<V, 8>(v, weights, panel, token),
+                4.. => self.tile::<V, 4>(v, weights, panel, token),
+                2.. => self.tile::<V, 2>(v, weights, panel, token),
+                _ => self.tile::<V, 1>(v, weights, panel, token),
+            };
+        }
+    }
+
+    /// Computes and stores a tile of `T` tokens; gives `T`.
+    #[inline(always)]
+    fn tile<V: Lanes, const T: usize>(
+        &self,
+        v: V,
+        weights: &impl Panels,
+        panel: usize,
+        token: usize,
+    ) -> usize {
+        let tile = weights.tile::<V, T>(v, panel, token);
+        for t in 0..T {
+            self.store(panel, token + t, &v.store(tile[t]).0);
+        }
+        T
     }
 }
 
@@ -66,31 +102,12 @@ struct Sweeping<'a, P> {
 impl<P: Panels> Kernel for Sweeping<'_, P> {
     #[inline(always)]
     fn run<V: Lanes>(self, v: V) {
-        for first in (0..self.sweep.m).step_by(TOKENS) {
-            let end = self.sweep.m.min(first + TOKENS);
-            for panel in self.sweep.panels.clone() {
-                let mut token = first;
-                while token < end {
-                    token += match end - token {
-                        8.. if V::TOKENS >= 8 => self.tile::<V, 8>(v, panel, token),
-                        4.. => self.tile::<V, 4>(v, panel, token),
-                        2.. => self.tile::<V, 2>(v, panel, token),
-                        _ => self.tile::<V, 1>(v, panel, token),
-                    };
-                }
+        let Self { sweep, weights } = &self;
+        for first in (0..sweep.m).step_by(TOKENS) {
+            let end = sweep.m.min(first + TOKENS);
+            for panel in sweep.panels.clone() {
+                sweep.tokens(v, weights, panel, first..end);
             }
         }
-    }
-}
-
-impl<P: Panels> Sweeping<'_, P> {
-    /// Computes and stores a tile of `T` tokens; gives `T`.
-    #[inline(always)]
-    fn tile<V: Lanes, const T: usize>(&self, v: V, panel: usize, token: usize) -> usize {
-        let tile = self.weights.tile::<V, T>(v, panel, token);
-        for (t, values) in tile.into_iter().enumerate() {
-            self.sweep.store(panel, token + t, &v.store(values).0);
-        }
-        T
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::{F32x16, Half16, I8x16, Lanes, Line};
+use super::lanes::{F32x16, Half16, I8x16, I32x16, Lanes, Line};
 
 /// Calls intrinsics.
 macro_rules! intrinsics {
@@ -11,6 +11,14 @@ macro_rules! intrinsics {
         // `new`); memory is touched only through references to whole, aligned values.
         unsafe { $($body)* }
     }};
+}
+
+#[inline(always)]
+fn prefetch<T>(data: &[T]) {
+    for line in data.chunks(64 / size_of::<T>().clamp(1, 64)) {
+        // SAFETY: a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
 }
 
 /// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
@@ -58,8 +66,31 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     const TOKENS: usize = 4;
 
     #[inline(always)]
+    fn prefetch<T>(self, data: &[T]) {
+        prefetch(data);
+    }
+
+    #[inline(always)]
     fn splat_i(self, value: i32) -> Self::I {
         intrinsics! { [_mm256_set1_epi32(value); 2] }
+    }
+
+    #[inline(always)]
+    fn load_i(self, value: &I32x16) -> Self::I {
+        let at = value.0.as_ptr().cast::<__m256i>();
+        intrinsics! { [_mm256_load_si256(at), _mm256_load_si256(at.add(1))] }
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, bytes: Self::Q, offset: u8) -> Line {
+        let mut out = Line([0; 64]);
+        let at = out.0.as_mut_ptr().cast::<__m256i>();
+        intrinsics! {
+            let offset = _mm256_set1_epi8(offset as i8);
+            _mm256_store_si256(at, _mm256_sub_epi8(bytes[0], offset));
+            _mm256_store_si256(at.add(1), _mm256_sub_epi8(bytes[1], offset));
+        }
+        out
     }
 
     #[inline(always)]
@@ -204,8 +235,28 @@ impl Lanes for Avx512 {
     const TOKENS: usize = 8;
 
     #[inline(always)]
+    fn prefetch<T>(self, data: &[T]) {
+        prefetch(data);
+    }
+
+    #[inline(always)]
     fn splat_i(self, value: i32) -> Self::I {
         intrinsics! { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn load_i(self, value: &I32x16) -> Self::I {
+        intrinsics! { _mm512_load_si512((&raw const value.0).cast()) }
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, bytes: Self::Q, offset: u8) -> Line {
+        let mut out = Line([0; 64]);
+        intrinsics! {
+            let bytes = _mm512_sub_epi8(bytes, _mm512_set1_epi8(offset as i8));
+            _mm512_store_si512((&raw mut out.0).cast(), bytes);
+        }
+        out
     }
 
     #[inline(always)]

@@ -1,13 +1,16 @@
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
 };
 use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
+use super::kv::{KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
 use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
@@ -16,7 +19,7 @@ use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Priority, Stream};
 use crate::kernels::{
-    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_VOCAB, Path, Rope, Want, Work,
+    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope, Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -24,6 +27,18 @@ const LOGIT_TILE: usize = 256;
 
 /// Memory that is left to the driver: code of kernels, local memory, graphs.
 const DRIVER_RESERVE: u64 = 512 << 20;
+
+/// How prompts are computed while other sequences decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// In the decodes' steps, in chunks.
+    Off,
+    /// Long ones on a stream of their own, which may fill the whole GPU. Decodes go first, but a decode
+    /// kernel waits for the prompts' kernel that holds the multiprocessors.
+    Streams,
+    /// As `Streams`, but the prompts' large kernels leave so many multiprocessors free.
+    DecodeSms(u32),
+}
 
 /// Settings of the CUDA backend.
 #[derive(Debug, Clone)]
@@ -42,6 +57,11 @@ pub struct CudaConfig {
     pub slots: u32,
     /// Most input tokens in one step.
     pub max_batch_tokens: u32,
+    /// Whether prompts and decodes run side by side.
+    pub overlap: Overlap,
+    /// Whether decode steps are replayed from graphs. Without, they give the same and take longer: that
+    /// is for tests and measurements.
+    pub graphs: bool,
 }
 
 /// Runs a model on one GPU.
@@ -53,9 +73,8 @@ pub struct CudaExecutor {
     budget: Vec<(&'static str, u64)>,
     weight_formats: Vec<WeightFormat>,
     next_ticket: u64,
-    lane: Lane,
+    lanes: Vec<(LaneId, Lane)>,
     slots: Slots,
-    max_works: usize,
     /// Why no completion will come any more.
     fatal: Option<String>,
     /// Weights, cache and slots; dropped after the lane, which uses them.
@@ -85,46 +104,54 @@ impl CudaExecutor {
         let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
         let weights = weights.map_err(load_error)?;
         let weights_arena = loader.finish()?;
-        let plan = Plan::new(
-            &device,
-            &model,
-            config,
-            weight_bytes + 2 * needs.scratch as u64,
-        )?;
+        let plan = Plan::new(&device, &model, config, &needs)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
-        let cache = main.take(model.layers * plan.kv.layer_len())?;
+        let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
-        let attention = Attention::load(&device, Path::best(&device), plan.attention, cache)?;
         let stream = Stream::new(&device, Priority::High)?;
         let shared = Arc::new(Shared {
-            kernels: Kernels::load(&device, attention)?,
-            kv: plan.kv,
-            cache,
+            kernels: Kernels::load(&device)?,
+            pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,
             config: model,
             max_tokens: config.max_batch_tokens as usize,
+            max_seq_len: plan.max_seq_len as usize,
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
             scratch: needs.scratch,
         });
-        let packed = packer::take(&mut main, plan.packed_bytes)?;
-        let lane_arena = Arena::new(&device, "activations", shared.lane_bytes(plan.max_works))?;
+        let lane_bytes = shared.lane_bytes(plan.max_works);
+        let mut lane = |stream| {
+            let packed = packer::take(&mut main, plan.packed_bytes)?;
+            let arena = Arena::new(&device, "activations", lane_bytes)?;
+            let ops = CudaOps::new(shared.clone(), stream, arena, plan.max_works)?;
+            Lane::new(&device, ops, weights.clone(), packed, plan.max_works)
+        };
+        let mut lanes = vec![(LaneId::Main, lane(stream)?)];
+        if let Some(sms) = plan.prefill_sms {
+            let stream = Stream::new(&device, Priority::Low)?.with_sms(sms);
+            lanes.push((LaneId::Prefill, lane(stream)?));
+        }
+        let before_graphs = device.free_bytes()?;
+        let most_decodes = config.slots.min(config.max_batch_tokens) as usize;
+        if config.graphs {
+            lanes[0].1.capture(&slots, most_decodes)?;
+        }
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", cache.bytes() as u64),
-            ("slots", main.size() - cache.bytes() as u64),
-            ("activations", lane_arena.size()),
+            ("KV cache", plan.kv.bytes()),
+            ("slots", main.size() - plan.kv.bytes()),
+            ("activations", lane_bytes * lanes.len() as u64),
+            ("graphs", before_graphs.saturating_sub(device.free_bytes()?)),
         ];
-        let ops = CudaOps::new(shared, stream, lane_arena, plan.max_works)?;
         Ok(Self {
             contract: Contract::new(plan.capacity(config)),
             budget,
             weight_formats: needs.formats,
             next_ticket: 0,
-            lane: Lane::new(&device, ops, weights, packed)?,
+            lanes,
             slots,
-            max_works: plan.max_works,
             fatal: None,
             device,
             _memory: [main, weights_arena],
@@ -156,6 +183,52 @@ impl CudaExecutor {
             None => Ok(()),
         }
     }
+
+    /// When the last step that [`Executor::wait`] gave of a lane ran, in nanoseconds of the device's
+    /// clock: what lies between two steps is time in which the lane was idle.
+    pub fn last_step(&self, lane: LaneId) -> Option<Range<u64>> {
+        let lane = self.lanes.iter().find(|(id, _)| *id == lane);
+        lane.map(|(_, lane)| lane.last())
+    }
+
+    fn poll(&mut self) -> Option<Completion> {
+        for (id, lane) in &mut self.lanes {
+            if let Some(completion) = lane.poll() {
+                self.contract.complete(*id);
+                return Some(completion);
+            }
+        }
+        None
+    }
+
+    /// Passes some time, at most until `deadline`: sleeping while nothing is due, spinning when a step is
+    /// about to end, because to be woken takes longer than what lies between two steps should.
+    fn pause(&self, now: Instant, deadline: Instant) -> Result<(), CudaError> {
+        const NAP: Duration = Duration::from_micros(20);
+        /// A lost device is noticed within it.
+        const LONGEST_NAP: Duration = Duration::from_millis(1);
+        /// What the system's timer adds to a nap.
+        const WAKING: Duration = Duration::from_micros(100);
+        let expected: Vec<_> = self.lanes.iter().filter_map(|l| l.1.expected()).collect();
+        if expected.iter().any(|due| due.contains(&now)) {
+            for _ in 0..64 {
+                std::hint::spin_loop();
+            }
+            return Ok(());
+        }
+        for (_, lane) in &self.lanes {
+            lane.check()?;
+        }
+        let overdue = expected.iter().any(|due| due.end <= now);
+        let next = expected.iter().map(|due| due.start).min();
+        let nap = match next {
+            Some(next) if !overdue => next.saturating_duration_since(now + WAKING),
+            Some(_) => NAP,
+            None => LONGEST_NAP,
+        };
+        thread::sleep(nap.min(LONGEST_NAP).min(deadline - now));
+        Ok(())
+    }
 }
 
 impl Executor for CudaExecutor {
@@ -171,8 +244,9 @@ impl Executor for CudaExecutor {
         self.contract.submit(lane, &batch)?;
         let ticket = Ticket(self.next_ticket);
         let queued = self.device.bind().and_then(|()| {
-            let slots = &mut self.slots;
-            self.lane.submit(ticket, &batch, slots, self.max_works)
+            let lane = self.lanes.iter_mut().find(|(id, _)| *id == lane);
+            let (_, lane) = lane.expect("the contract refuses lanes that are not there");
+            lane.submit(ticket, &batch, &mut self.slots)
         });
         if let Err(error) = queued {
             return Err(self.fatal(error.to_string()));
@@ -182,21 +256,20 @@ impl Executor for CudaExecutor {
     }
 
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
-        /// A step of a small model takes a few times as long, and a tenth of this is lost to the timer.
-        const NAP: Duration = Duration::from_micros(20);
         self.alive()?;
         if let Err(error) = self.device.bind() {
             return Err(self.fatal(error.to_string()));
         }
         loop {
-            match self.lane.poll() {
-                Ok(Some(completion)) => {
-                    self.contract.complete(LaneId::Main);
-                    return Ok(Some(completion));
-                }
-                Ok(None) if Instant::now() >= deadline => return Ok(None),
-                Ok(None) => thread::sleep(NAP),
-                Err(error) => return Err(self.fatal(error.to_string())),
+            if let Some(completion) = self.poll() {
+                return Ok(Some(completion));
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(None);
+            }
+            if let Err(error) = self.pause(now, deadline) {
+                return Err(self.fatal(error.to_string()));
             }
         }
     }
@@ -257,14 +330,14 @@ fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError
 
 /// Sizes, decided before memory is taken.
 struct Plan {
-    kv: KvShape,
-    layers: usize,
-    attention: AttentionModel,
+    kv: KvPlan,
     slots: SlotSizes,
     max_seq_len: u32,
     logit_tile: usize,
     max_works: usize,
     packed_bytes: usize,
+    /// Multiprocessors that the lane of long prompts fills, if there is one.
+    prefill_sms: Option<u32>,
     rate_bytes: u64,
 }
 
@@ -273,7 +346,7 @@ impl Plan {
         device: &Device,
         model: &ModelConfig,
         config: &CudaConfig,
-        weight_bytes: u64,
+        weights: &WeightPlan,
     ) -> Result<Self, CudaError> {
         let max_seq_len = match config.max_seq_len {
             0 => model.context_len as u32,
@@ -281,7 +354,7 @@ impl Plan {
         };
         let max_blocks = max_seq_len.div_ceil(config.block_size) as usize;
         let slots = config.slots as usize;
-        let mut kv = KvShape {
+        let shape = KvShape {
             blocks: 0,
             kv_heads: model.kv_heads as u32,
             block_size: config.block_size,
@@ -289,7 +362,7 @@ impl Plan {
         };
         let attention = AttentionModel {
             heads: model.heads as u32,
-            shape: kv,
+            shape,
             scale: model.attention_scale,
             softcap: None,
         };
@@ -299,51 +372,56 @@ impl Plan {
                 model.heads, model.kv_heads, model.head_dim
             )));
         }
+        let prefill_sms = match config.overlap {
+            Overlap::Off => None,
+            Overlap::Streams => Some(device.sms()),
+            Overlap::DecodeSms(kept) if (1..device.sms()).contains(&kept) => {
+                Some(device.sms() - kept)
+            }
+            Overlap::DecodeSms(kept) => {
+                return Err(CudaError::Config(format!(
+                    "{kept} multiprocessors can't be kept for decodes: this GPU has {}",
+                    device.sms()
+                )));
+            }
+        };
         let sizes = SlotSizes {
             slots,
             vocab: model.vocab_size,
             max_blocks,
-            max_seq_len: max_seq_len as usize,
+            tables: 1 + usize::from(model.local.is_some()),
         };
         // A split has at least 256 positions.
         let splits = max_seq_len.div_ceil(256) as usize;
-        let max_works = 2 * slots + splits;
+        let max_works = 4 * slots + splits;
         let tokens = config.max_batch_tokens as usize;
         // Twice for layers with and without a window.
-        let work =
-            2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + slots * (2 + splits));
-        let mut plan = Self {
-            kv,
-            layers: model.layers,
-            attention,
-            slots: sizes,
-            max_seq_len,
-            logit_tile: LOGIT_TILE.min(tokens),
-            max_works,
-            packed_bytes: 0,
-            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
-        };
+        let decode_works = max_works.max(slots * (2 + splits));
+        let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works);
+        let logit_tile = LOGIT_TILE.min(tokens);
+        let lanes = 1 + u64::from(prefill_sms.is_some());
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let used = weight_bytes + DRIVER_RESERVE + plan.activation_estimate(model, tokens);
+                let activations = activation_estimate(model, tokens, logit_tile, max_works);
+                let activations = activations + Arena::room_for::<bf16>(weights.scratch);
+                let used = weights.bytes + DRIVER_RESERVE + lanes * activations;
                 total.saturating_sub(used + sizes.bytes()).min(free)
             }
         };
-        let block_bytes = (model.layers * kv.block_len() * 2) as u64;
-        kv.blocks = (budget / block_bytes).min(u64::from(u32::MAX / config.block_size)) as u32;
-        if kv.blocks == 0 {
-            return Err(CudaError::OutOfMemory {
-                what: "one block of the KV cache",
-                bytes: block_bytes,
-                free: budget,
-            });
-        }
-        (plan.kv, plan.attention.shape) = (kv, kv);
-        plan.packed_bytes = Packer::room_for(&[
+        let kv = KvPlan::new(
+            model,
+            attention,
+            budget,
+            max_seq_len,
+            config.max_batch_tokens,
+        )?;
+        let copies = kv.blocks() + kv.local().map_or(0, |local| local.blocks);
+        let packed_bytes = Packer::room_for(&[
+            4 * tokens,
             4 * tokens,
             4 * tokens,
             4 * tokens,
@@ -351,26 +429,32 @@ impl Plan {
             size_of::<Want>() * tokens,
             8 * slots,
             work,
-            8 * slots * max_blocks,
-            8 * kv.blocks as usize,
+            8 * sizes.tables * slots * max_blocks.max(2) + 256,
+            8 * copies as usize,
             // Alignment of each array: binds, and attention steps in parts.
-            256 * (slots + 8 * (slots + 4)),
+            256 * (2 * slots + 8 * (slots + 4)),
+            // What a bind brings along.
+            4 * max_seq_len as usize + MAX_EDITS * size_of::<u64>(),
         ]);
-        Ok(plan)
+        Ok(Self {
+            kv,
+            slots: sizes,
+            max_seq_len,
+            logit_tile,
+            max_works,
+            packed_bytes,
+            prefill_sms,
+            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
+        })
     }
 
-    /// A lane's memory and the descriptions, roughly: to leave room for them.
-    fn activation_estimate(&self, model: &ModelConfig, tokens: usize) -> u64 {
-        let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
-        let logits = self.logit_tile * (4 * model.vocab_size + 2 * model.hidden);
-        let scratch = self.max_works * model.heads * (model.head_dim + 2) * 4;
-        (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
+    fn lanes(&self) -> usize {
+        1 + usize::from(self.prefill_sms.is_some())
     }
 
     fn main_bytes(&self) -> u64 {
-        let cache = (self.layers * self.kv.layer_len() * 2) as u64;
-        let packed = self.packed_bytes.next_multiple_of(256) as u64;
-        cache.next_multiple_of(256) + self.slots.bytes() + packed + self.rate_bytes
+        let packed = self.lanes() as u64 * self.packed_bytes.next_multiple_of(256) as u64;
+        self.kv.bytes() + self.slots.bytes() + packed + self.rate_bytes
     }
 
     fn rotations(
@@ -398,14 +482,27 @@ impl Plan {
     fn capacity(&self, config: &CudaConfig) -> Capacity {
         Capacity {
             slots: config.slots,
-            blocks: self.kv.blocks,
+            blocks: self.kv.blocks(),
             block_size: config.block_size,
             max_batch_tokens: config.max_batch_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
-            lanes: vec![LaneId::Main],
+            lanes: [LaneId::Main, LaneId::Prefill][..self.lanes()].to_vec(),
             depth: DEPTH as u32,
-            local: None,
+            local: self.kv.local(),
         }
     }
+}
+
+/// A lane's memory and the descriptions, roughly: to leave room for them.
+fn activation_estimate(
+    model: &ModelConfig,
+    tokens: usize,
+    logit_tile: usize,
+    max_works: usize,
+) -> u64 {
+    let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
+    let logits = logit_tile * (4 * model.vocab_size + 2 * model.hidden);
+    let scratch = max_works * model.heads * (model.head_dim + 2) * 4;
+    (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
 }

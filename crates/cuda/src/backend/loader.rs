@@ -23,7 +23,7 @@ const ROWS: usize = 8;
 
 /// One linear map, or several that read the same input with their outputs one after another. A handle:
 /// the memory belongs to the weights' arena.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Matrix {
     pub(crate) stored: Stored,
     /// Output width, rounded up to a multiple of 8.
@@ -35,7 +35,7 @@ pub(crate) struct Matrix {
 }
 
 /// The form of a matrix.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Stored {
     /// `[rows, cols]`
     Bf16(Slice<bf16>),

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
+use super::kv::{KvPools, Pool};
 use super::loader::{Matrix, Stored};
 use super::step::Step;
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
-    ActMul, AddRmsNorm, Attention, Chosen, CopyBlocks, DecodeScratch, Embed, KvShape, MAX_TOP,
-    Output, Path, Product, QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
+    ActMul, AddRmsNorm, Chosen, CopyBlocks, DecodeScratch, Embed, MAX_TOP, Output, Path, Product,
+    QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, StepIo, Top, Turn,
 };
 use crate::linear::Linear;
 
@@ -24,24 +25,24 @@ pub(crate) struct Kernels {
     pub(crate) act_mul: ActMul,
     pub(crate) linear: Linear,
     pub(crate) rope: Rope,
-    pub(crate) attention: Attention,
     pub(crate) sample: Sample,
     pub(crate) copy_blocks: CopyBlocks,
     pub(crate) scatter: Scatter,
+    pub(crate) step_io: StepIo,
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device, attention: Attention) -> Result<Self, CudaError> {
+    pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
         Ok(Self {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
             linear: Linear::load(device, Path::best(device))?,
             rope: Rope::load(device)?,
-            attention,
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,
             scatter: Scatter::load(device)?,
+            step_io: StepIo::load(device)?,
         })
     }
 }
@@ -50,14 +51,14 @@ impl Kernels {
 pub(crate) struct Shared {
     pub(crate) kernels: Kernels,
     pub(crate) config: ModelConfig,
-    pub(crate) kv: KvShape,
-    /// `[layers][blocks]…`, see [`KvShape`].
-    pub(crate) cache: Slice<bf16>,
+    pub(crate) pools: KvPools,
     pub(crate) slots: SlotMemory,
     /// Rotation of layers that see everything, and of those with a window.
     pub(crate) rotations: [Option<Rates>; 2],
     /// Most tokens of a step.
     pub(crate) max_tokens: usize,
+    /// Longest sequence.
+    pub(crate) max_seq_len: usize,
     /// Most rows of a step.
     pub(crate) max_rows: usize,
     /// Positions whose logits exist at the same time.
@@ -82,7 +83,7 @@ pub(crate) struct Act {
 /// [`Ops`] on a stream, with the scratch memory of one lane.
 pub(crate) struct CudaOps {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) stream: Stream,
+    pub(crate) stream: Arc<Stream>,
     arena: Arena,
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
@@ -93,6 +94,9 @@ pub(crate) struct CudaOps {
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
     logits: Slice<f32>,
+    /// Room for a prompt.
+    pub(crate) prompt: Slice<u32>,
+    pub(crate) turn: Slice<Turn>,
     /// One per row.
     pub(crate) failed: Slice<u32>,
     /// `[2]` per wanted position, tile after tile.
@@ -122,10 +126,12 @@ impl Shared {
             + act(c.ffn)
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
-            + self.kernels.attention.scratch_bytes(max_works)
+            + self.pools.main.attention.scratch_bytes(max_works)
             + Arena::room_for::<bf16>(self.scratch)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
+            + Arena::room_for::<u32>(self.max_seq_len)
+            + Arena::room_for::<Turn>(1)
             + Arena::room_for::<u32>(self.max_rows)
             + Arena::room_for::<Chosen>(2 * n)
             + Arena::room_for::<Top>(2 * n * MAX_TOP)
@@ -141,7 +147,7 @@ impl CudaOps {
         max_works: usize,
     ) -> Result<Self, CudaError> {
         let n = shared.max_tokens;
-        let attention = &shared.kernels.attention;
+        let attention = &shared.pools.main.attention;
         let decode = attention.take_scratch(&mut arena, max_works)?;
         let rotations = [
             arena.take(2 * n * shared.pairs(0))?,
@@ -150,20 +156,23 @@ impl CudaOps {
         let unpacked = arena.take(shared.scratch)?;
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
+        let (prompt, turn) = (arena.take(shared.max_seq_len)?, arena.take(1)?);
         let (failed, chosen) = (arena.take(shared.max_rows)?, arena.take(2 * n)?);
         let tops = arena.take(2 * n * MAX_TOP)?;
-        // The attention's counters start at zero.
+        // The attention's counters and the turn start at zero.
         // SAFETY: the arena is kept.
         unsafe { stream.fill(arena.whole(), 0)? };
         Ok(Self {
             shared,
-            stream,
+            stream: Arc::new(stream),
             arena,
             rotations,
             decode,
             unpacked,
             picked,
             logits,
+            prompt,
+            turn,
             failed,
             chosen,
             tops,
@@ -177,7 +186,11 @@ impl CudaOps {
         // as the lane.
         unsafe {
             let copies = &s.kernels.copy_blocks;
-            copies.launch(&self.stream, &s.kv, step.copies, s.cache)?;
+            let main = &s.pools.main;
+            copies.launch(&self.stream, &main.shape, step.copies, main.cache)?;
+            if let Some(local) = &s.pools.local {
+                copies.launch(&self.stream, &local.shape, step.local_copies, local.cache)?;
+            }
             s.kernels.scatter.launch(&self.stream, step.words, tables)
         }
     }
@@ -314,28 +327,32 @@ impl Ops for CudaOps {
         qkv: &mut Act,
     ) -> Result<(), CudaError> {
         let s = &self.shared;
+        let (pool, pool_layer) = s.pools.of(layer);
         let model = QkNormRopeAppend {
             heads: s.config.heads as u32,
-            shape: s.kv,
+            shape: pool.shape,
             pairing: s.config.rope(layer).pairing,
             pairs: (s.config.rope(layer).dims / 2) as u32,
             eps: s.config.norm_eps,
         };
         let rotations = self.rotations[self.rotation_of(layer)];
         let norms = norms.map(|(q, k)| (*q, *k));
-        let (places, qkv) = (step.places, qkv.data);
+        let places = match s.pools.is_local(layer) {
+            true => step.local_places,
+            false => step.places,
+        };
         // SAFETY: see above.
         unsafe {
             let rope = &s.kernels.rope;
             rope.append(
                 &self.stream,
                 &model,
-                layer,
+                pool_layer,
                 norms,
                 rotations,
                 places,
-                qkv,
-                s.cache,
+                qkv.data,
+                pool.cache,
             )
         }
     }
@@ -347,7 +364,7 @@ impl Ops for CudaOps {
         qkv: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let attention = &self.shared.kernels.attention;
+        let (Pool { attention, .. }, pool_layer) = self.shared.pools.of(layer);
         let lists = match self.shared.config.window(layer) {
             Some(_) => step
                 .local
@@ -358,11 +375,18 @@ impl Ops for CudaOps {
         // SAFETY: see above. Steps of a lane run one after another, so the scratch is theirs.
         unsafe {
             if let Some(prompts) = &lists.prompts {
-                attention.prefill(&self.stream, prompts, layer, qkv.data, out.data)?;
+                attention.prefill(&self.stream, prompts, pool_layer, qkv.data, out.data)?;
             }
             for decode in &lists.decodes {
                 let scratch = &self.decode;
-                attention.decode(&self.stream, decode, scratch, layer, qkv.data, out.data)?;
+                attention.decode(
+                    &self.stream,
+                    decode,
+                    scratch,
+                    pool_layer,
+                    qkv.data,
+                    out.data,
+                )?;
             }
         }
         Ok(())

@@ -124,6 +124,26 @@ impl Stream {
         .check("copying from the GPU")
     }
 
+    /// Queues a copy within the GPU.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// Both stretches stay allocated until the copy has run, and don't overlap.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub unsafe fn copy<T: Plain>(&self, from: Slice<T>, to: Slice<T>) -> Result<(), CudaError> {
+        assert_eq!(from.len(), to.len(), "lengths of a copy");
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: both stretches are as long; the caller vouches for their lives.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), to.bytes(), self.raw) }
+            .check("copying on the GPU")
+    }
+
     /// Queues a fill with a byte.
     ///
     /// # Errors
@@ -147,6 +167,18 @@ impl Stream {
     pub fn synchronize(&self) -> Result<(), CudaError> {
         // SAFETY: the stream is alive.
         unsafe { sys::cuStreamSynchronize(self.raw) }.check("waiting for a stream")
+    }
+
+    /// Whether everything queued has run.
+    ///
+    /// # Errors
+    /// When something that ran has failed.
+    pub fn is_done(&self) -> Result<bool, CudaError> {
+        // SAFETY: the stream is alive.
+        match unsafe { sys::cuStreamQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => status.check("running a step").map(|()| true),
+        }
     }
 
     /// Marks the work queued so far.

@@ -23,7 +23,7 @@ pub struct Sequence {
 }
 
 /// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct Work {
     token: u32,

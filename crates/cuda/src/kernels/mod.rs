@@ -18,6 +18,7 @@ mod packed_sm90a;
 mod rope;
 mod sample;
 mod scatter;
+mod step_io;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
@@ -36,6 +37,7 @@ pub use sample::{
     Top, Want,
 };
 pub use scatter::Scatter;
+pub use step_io::{Delivery, Done, FAILED_AT, RING, StepIo, Turn};
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {

@@ -9,9 +9,11 @@ mod elementwise;
 mod lab;
 mod linear;
 mod packed;
+mod rates;
 mod sampling;
 
 pub use lab::Report;
+pub use rates::{Rates, rates};
 
 use crate::CudaError;
 use crate::driver::Device;
@@ -27,16 +29,27 @@ const CHECKS: &[(&str, Check)] = &[
     ("linear", linear::linear),
     ("packed", packed::packed),
     ("attention", attention::attention),
-    ("throughput: matrices", linear::throughput),
-    ("throughput: quantised", packed::throughput),
-    ("throughput: heads", attention::throughput),
+    ("speed: matrices", linear::throughput),
+    ("speed: quantised", packed::throughput),
+    ("speed: heads", attention::throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
     ("sample small vocabularies", sampling::small),
     ("sample large vocabularies", sampling::large),
-    ("speed of the sampler", sampling::speed),
+    ("speed: sampler", sampling::speed),
 ];
+
+/// What the names of checks begin with that only take the time of kernels.
+const SPEED: &str = "speed: ";
+
+/// Compares every kernel with arithmetic on the CPU, without those checks that only take times.
+///
+/// # Errors
+/// As [`run`].
+pub fn compare(device: &Device, seed: u64, out: &mut dyn FnMut(&Report)) -> Result<(), CudaError> {
+    run_those(device, |name| !name.starts_with(SPEED), seed, out)
+}
 
 /// Runs the checks whose name contains `filter`; calls `out` for each report.
 ///
@@ -48,10 +61,16 @@ pub fn run(
     seed: u64,
     out: &mut dyn FnMut(&Report),
 ) -> Result<(), CudaError> {
-    for (name, check) in CHECKS {
-        if !name.contains(filter) {
-            continue;
-        }
+    run_those(device, |name| name.contains(filter), seed, out)
+}
+
+fn run_those(
+    device: &Device,
+    wanted: impl Fn(&str) -> bool,
+    seed: u64,
+    out: &mut dyn FnMut(&Report),
+) -> Result<(), CudaError> {
+    for (_, check) in CHECKS.iter().filter(|(name, _)| wanted(name)) {
         let mut lab = Lab::new(device, seed)?;
         for report in check(&mut lab)? {
             out(&report);

@@ -21,11 +21,14 @@ use tokio::task::JoinHandle;
 use crate::settings::{Loaded, LogFormat, LogLevel, SettingFlags, Settings};
 use banner::Banner;
 use load::Summary;
-pub(crate) use load::cpu_config;
 use signals::Signals;
 
 /// How long clients have to read why the daemon failed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long a failed process may take to end after that: a driver's own clean-up can wait forever
+/// for a GPU that hangs.
+const LAST_RESORT: Duration = Duration::from_secs(5);
 
 /// Serve a model over HTTP
 #[derive(Debug, clap::Args)]
@@ -173,6 +176,10 @@ impl Daemon {
         };
         if let Some(failure) = failure {
             tracing::error!("{failure:#}");
+            std::thread::spawn(|| {
+                std::thread::sleep(LAST_WORDS + LAST_RESORT);
+                std::process::abort();
+            });
             // The streams have their error by now; a moment to write it to the sockets.
             let _cut_off = tokio::time::timeout(LAST_WORDS, self.drain()).await;
             return Err(failure);
