@@ -13,7 +13,7 @@ use spate_cuda::driver::Device;
 use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row, RowOutput, conformance};
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
-use spate_model::{ARCHITECTURES, Gguf};
+use spate_model::{ARCHITECTURES, GgmlType, Gguf};
 use spate_types::{BlockId, LocalBlocks, Logprobs, SamplingParams, Slot, TokenId};
 
 const BLOCK: u32 = 16;
@@ -29,8 +29,9 @@ fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let mut passed = true;
     for architecture in ARCHITECTURES {
-        passed &= tiny(architecture)?;
+        passed &= tiny(architecture, [GgmlType::Q4_1, GgmlType::Q8_0])?;
     }
+    passed &= tiny("llama", [GgmlType::F16; 2])?;
     for pair in args.chunks_exact(2) {
         passed &= golden(Path::new(&pair[0]), Path::new(&pair[1]))?;
     }
@@ -70,8 +71,9 @@ fn cpu(gguf: &Gguf) -> Result<Box<dyn Executor>> {
     Ok(Box::new(CpuExecutor::load(gguf, &config, &mut |_| {})?))
 }
 
-/// A random model of an architecture: the suite, then prompt logprobs of both backends.
-fn tiny(architecture: &'static str) -> Result<bool> {
+/// A random model of an architecture, with other weights for the value projection: the suite, then prompt
+/// logprobs of both backends.
+fn tiny(architecture: &'static str, [weights, value_weights]: [GgmlType; 2]) -> Result<bool> {
     let spec = TinyLlama {
         architecture,
         hidden: 128,
@@ -79,6 +81,8 @@ fn tiny(architecture: &'static str) -> Result<bool> {
         ffn: 192,
         bias: architecture == "qwen2",
         window: matches!(architecture, "gemma3" | "phi3").then_some(40),
+        weights,
+        value_weights,
         ..TinyLlama::default()
     };
     let file = TempFile::new(&tiny_llama(&spec));
@@ -99,7 +103,7 @@ fn tiny(architecture: &'static str) -> Result<bool> {
     let error = mean_difference(&got.0, &want);
     let passed = suite.is_ok() && error <= 0.05;
     println!(
-        "{} {architecture}: conformance {}, mean |Δ prompt logprob| {error:.5}",
+        "{} {architecture} in {weights}, {value_weights}: conformance {}, mean |Δ prompt logprob| {error:.5}",
         verdict(passed),
         if suite.is_ok() { "passed" } else { "FAILED" },
     );
