@@ -39,14 +39,15 @@ fn main() -> Result<()> {
         mode: CpuMode::Fast,
         threads: options.threads,
         block_size: BLOCK,
-        kv_cache_bytes: u64::MAX,
+        kv_cache_bytes: 0,
         kv_dtype: options.kv,
         max_seq_len: 0,
         slots: options.streams,
         max_batch_tokens: options.prompt.max(options.streams),
     };
-    let block = Estimate::new(&gguf, &config)?.kv_block;
-    config.kv_cache_bytes = block * u64::from(options.streams * blocks);
+    let estimate = Estimate::new(&gguf, &config)?;
+    let kv = estimate.kv_cache(options.streams, options.prompt + options.output)?;
+    config.kv_cache_bytes = kv.bytes();
     let mut bench = Bench {
         executor: CpuExecutor::load(&gguf, &config, &mut |_| {})?,
         blocks,

@@ -25,7 +25,7 @@ mod weights;
 
 use attention::MAX_HEAD_DIM;
 pub use error::CpuError;
-pub use estimate::Estimate;
+pub use estimate::{Estimate, KvEstimate};
 pub use executor::{CpuConfig, CpuExecutor, CpuMode};
 pub use kv::KvDtype;
 pub use pool::ThreadPool;
