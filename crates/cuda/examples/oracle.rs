@@ -10,7 +10,7 @@ use spate_cuda::driver::Device;
 use spate_cuda::{CudaConfig, CudaError, Overlap};
 use spate_executor::conformance;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
-use spate_model::{ARCHITECTURES, Gguf};
+use spate_model::{ARCHITECTURES, GgmlType, Gguf};
 use spate_types::TokenId;
 
 use common::{config, cpu, cuda, mean_difference, run, verdict};
@@ -25,8 +25,9 @@ fn main() -> Result<ExitCode> {
     }
     let mut passed = true;
     for architecture in ARCHITECTURES {
-        passed &= tiny(architecture)?;
+        passed &= tiny(architecture, [GgmlType::Q4_1, GgmlType::Q8_0])?;
     }
+    passed &= tiny("llama", [GgmlType::F16; 2])?;
     Ok(if passed {
         ExitCode::SUCCESS
     } else {
@@ -34,8 +35,8 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-/// A random model of an architecture: the suite in every mode, then prompt logprobs of both backends.
-fn tiny(architecture: &'static str) -> Result<bool> {
+/// A random model of an architecture, with other weights for the value projection: the suite in every mode,
+fn tiny(architecture: &'static str, [weights, value_weights]: [GgmlType; 2]) -> Result<bool> {
     let spec = TinyLlama {
         architecture,
         hidden: 128,
@@ -43,6 +44,8 @@ fn tiny(architecture: &'static str) -> Result<bool> {
         ffn: 192,
         bias: architecture == "qwen2",
         window: matches!(architecture, "gemma3" | "phi3").then_some(40),
+        weights,
+        value_weights,
         ..TinyLlama::default()
     };
     let file = TempFile::new(&tiny_llama(&spec));

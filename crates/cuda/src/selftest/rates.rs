@@ -51,6 +51,7 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         stride: SIDE,
         bias: None,
         out: Output::Bf16(lab.output::<bf16>(SIDE * SIDE)?.slice),
+        stride: SIDE,
     };
     // SAFETY: the arena is alive; the weights were waited for.
     let matrix = lab.time(|stream| unsafe { linear.launch(stream, &product) })?;
