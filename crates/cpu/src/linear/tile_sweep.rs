@@ -94,12 +94,20 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, G
                 let wide = tokens - token >= 16;
                 for i in 0..share {
                     let at = ((panel + i) * groups + start, count);
-                    let (q, acc) = (&buffers.q[i], &mut buffers.acc[i][token..]);
+                    let (q, acc) = (&buffers.q[i], &mut buffers.acc[i]);
                     let x = (first + token, start);
-                    if wide {
-                        self.tile::<V, 16>(v, tiles, at, x, q, &mut buffers.sums, acc);
-                    } else {
-                        self.tile::<V, 8>(v, tiles, at, x, q, &mut buffers.sums, acc);
+                    let sums = &mut buffers.sums;
+                    match acc[token..].first_chunk_mut() {
+                        Some(acc) if wide => self.tile::<V, 16>(v, tiles, at, x, q, sums, acc),
+                        _ => self.tile::<V, 8>(
+                            v,
+                            tiles,
+                            at,
+                            x,
+                            q,
+                            sums,
+                            acc[token..].first_chunk_mut().expect("x"),
+                        ),
                     }
                 }
                 token += if wide { 16 } else { 8 };
@@ -119,7 +127,7 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, G
         (token, start): (usize, usize),
         q: &[Line],
         sums: &mut [[I32x16; 16]; 2],
-        acc: &mut [F32x16],
+        acc: &mut [F32x16; T],
     ) {
         let per_block = BLOCK / GROUP;
         let stride = self.times.groups() / per_block;
@@ -128,9 +136,10 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, G
         for (t, row) in rows.iter_mut().enumerate() {
             *row = &x[t * stride..][..count / per_block];
         }
+        // Loops are written out: closures are compiled without the instruction set.
         let mut out = [v.splat(0.0); T];
-        for (out, acc) in out.iter_mut().zip(&*acc) {
-            *out = v.load(acc);
+        for t in 0..T {
+            out[t] = v.load(&acc[t]);
         }
         let dots = |g: usize, sums: &mut [I32x16; 16]| {
             let (b, word) = (g / per_block, g % per_block * (GROUP / 4));
@@ -143,15 +152,16 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, G
             if g + 1 < count {
                 dots(g + 1, &mut sums[(g + 1) % 2]);
             }
+            let sums = &sums[g % 2];
             let mut own = [v.splat_i(0); T];
-            for (own, sums) in own.iter_mut().zip(&sums[g % 2]) {
-                *own = v.load_i(sums);
+            for t in 0..T {
+                own[t] = v.load_i(&sums[t]);
             }
             let block = (g / per_block, g % per_block);
             self.times.add(v, at + g, &own, &rows, block, &mut out);
         }
-        for (out, acc) in out.iter().zip(acc) {
-            *acc = v.store(*out);
+        for t in 0..T {
+            acc[t] = v.store(out[t]);
         }
     }
 }
