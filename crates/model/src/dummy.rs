@@ -172,7 +172,11 @@ mod tests {
         for (start, len) in [(0, 8), (3, 2), (5, 40), (8, 0), (16, 16), (31, 69)] {
             let mut part = vec![0; len];
             fill(start, &mut part, group);
-            assert_eq!(part, whole[start..start + len], "{len} bytes from {start} on");
+            assert_eq!(
+                part,
+                whole[start..start + len],
+                "{len} bytes from {start} on"
+            );
         }
     }
 

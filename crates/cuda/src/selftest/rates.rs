@@ -51,7 +51,6 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         stride: SIDE,
         bias: None,
         out: Output::Bf16(lab.output::<bf16>(SIDE * SIDE)?.slice),
-        stride: SIDE,
     };
     // SAFETY: the arena is alive; the weights were waited for.
     let matrix = lab.time(|stream| unsafe { linear.launch(stream, &product) })?;
@@ -65,9 +64,11 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         for _ in 0..5 {
             lab.stream.record(&start)?;
             // SAFETY: the copy has run when `synchronize` returns.
-            match down {
-                true => unsafe { lab.stream.download(there, &mut host)? },
-                false => unsafe { lab.stream.upload(&host, there)? },
+            unsafe {
+                match down {
+                    true => lab.stream.download(there, &mut host)?,
+                    false => lab.stream.upload(&host, there)?,
+                }
             }
             lab.stream.record(&end)?;
             lab.stream.synchronize()?;
