@@ -103,6 +103,7 @@ fn row(slot: u32, start: u32, input: Input) -> Row {
         blocks: Arc::new((slot * 32..(slot + 1) * 32).map(BlockId).collect()),
         local: LocalBlocks::default(),
         sample: true,
+        masked: false,
         prompt_logprobs: false,
     }
 }

@@ -157,6 +157,7 @@ impl Bench {
             blocks: Arc::new(blocks.map(BlockId).collect()),
             local: LocalBlocks::default(),
             sample: true,
+            masked: false,
             prompt_logprobs: false,
         }
     }
