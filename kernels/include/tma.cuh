@@ -110,6 +110,16 @@ __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap& map, int 
       : "memory");
 }
 
+// Copies `bytes`, a multiple of 16, from an address that is one, too.
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // Writes the tile, and signals the barrier, at the same addresses in each block of `mask`.
 __device__ __forceinline__ void tma_load_multicast(uint32_t to, const TensorMap& map, int x, int y,
                                                    uint32_t barrier, uint16_t mask,

@@ -79,5 +79,5 @@ fn activations(c: &ModelConfig, tokens: u64) -> u64 {
     let step = 3 * hidden + (q + 2 * kv) + q + 3 * ffn;
     let logits = LOGIT_TILE as u64 * (hidden + vocab);
     let widest = hidden.max(q).max(ffn);
-    (tokens * step + logits) * float + Scratch::bytes_for(tokens * widest)
+    (tokens * step + logits) * float + Scratch::bytes_for(tokens as usize, widest as usize)
 }

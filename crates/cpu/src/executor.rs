@@ -100,7 +100,7 @@ impl CpuExecutor {
         let weights = Weights::load(checkpoint, &model, &loader, pool.threads(), progress);
         let weights = weights.map_err(|e| match e {
             LoadError::Model(e) => CpuError::Model(e),
-            LoadError::Backend(e) => CpuError::Quant(e),
+            LoadError::Backend(e) => e,
         })?;
         let ropes = Ropes::new(&model, max_seq_len as usize);
         let biases = weights.layers.iter().map(|l| l.qkv.bias.as_deref());

@@ -12,6 +12,6 @@ pub mod kernels;
 mod linear;
 pub mod selftest;
 
-pub use backend::{CudaConfig, CudaExecutor, Overlap};
+pub use backend::{CudaConfig, CudaExecutor, Overlap, WeightFormat};
 pub use error::CudaError;
-pub use linear::Linear;
+pub use linear::{Linear, PackedPart};

@@ -91,6 +91,10 @@ impl Metrics {
             &model.engine.config().scheduler.prefix_caching.to_string(),
         ];
         metrics.cache_config.with_label_values(&labels).set(1);
+        for (part, bytes) in &model.memory {
+            let labels = [model.device.as_str(), part];
+            metrics.memory.with_label_values(&labels).set(*bytes as i64);
+        }
     }
 
     pub(crate) fn count_rejection(&self, e: &AdmitError) {
@@ -167,6 +171,8 @@ engine_metrics! {
     cache_config: IntGaugeVec =
         |opts| IntGaugeVec::new(opts, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]),
         "vllm:cache_config_info", "The KV cache's layout, as labels.";
+    memory: IntGaugeVec = |opts| IntGaugeVec::new(opts, &["device", "part"]),
+        "spate_memory_bytes", "Memory taken at start, by device and what it is for.";
     prefix_queries: IntCounter = IntCounter::with_opts,
         "vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.";
     prefix_hits: IntCounter = IntCounter::with_opts,

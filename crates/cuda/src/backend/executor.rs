@@ -3,20 +3,22 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
 };
-use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
+use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
 use super::kv::{KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
-use super::loader::{CudaLoader, weight_bytes};
+use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
 use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
-use crate::driver::{Arena, Device, Priority, Stream};
+use crate::driver::{Arena, Device, Partition, Priority, Stream};
+use crate::error::WEIGHTS;
 use crate::kernels::{
     AddRmsNorm, Attention, AttentionModel, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope, Want, Work,
 };
@@ -27,9 +29,6 @@ const LOGIT_TILE: usize = 256;
 /// Memory that is left to the driver: code of kernels, local memory, graphs.
 const DRIVER_RESERVE: u64 = 512 << 20;
 
-/// Threads that read weights: one alone does not saturate the page cache.
-const LOAD_THREADS: usize = 16;
-
 /// How prompts are computed while other sequences decode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Overlap {
@@ -38,7 +37,8 @@ pub enum Overlap {
     /// Long ones on a stream of their own, which may fill the whole GPU. Decodes go first, but a decode
     /// kernel waits for the prompts' kernel that holds the multiprocessors.
     Streams,
-    /// As `Streams`, but the prompts' large kernels leave so many multiprocessors free.
+    /// As `Streams`, but the GPU is divided: so many multiprocessors (rounded up to what the GPU can divide by)
+    /// are the decodes' while a long prompt is computed on the others.
     DecodeSms(u32),
 }
 
@@ -73,6 +73,7 @@ pub struct CudaExecutor {
     device: Device,
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
+    weight_formats: Vec<WeightFormat>,
     next_ticket: u64,
     lanes: Vec<(LaneId, Lane)>,
     slots: Slots,
@@ -96,18 +97,16 @@ impl CudaExecutor {
         let device = Device::open(config.device)?;
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let weights_arena = Arena::new(&device, "the weights", weight_bytes(checkpoint, &model))?;
+        let needs = WeightPlan::new(checkpoint, &model)?;
+        let weights_arena = Arena::new(&device, WEIGHTS, needs.bytes)?;
         let weight_bytes = weights_arena.size();
-        let loader = CudaLoader::new(weights_arena);
+        let loader = CudaLoader::new(weights_arena)?;
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
         let threads = threads.min(LOAD_THREADS);
         let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
-        let weights = weights.map_err(|e| match e {
-            LoadError::Model(e) => CudaError::Model(e),
-            LoadError::Backend(e) => e,
-        })?;
+        let weights = weights.map_err(load_error)?;
         let weights_arena = loader.finish()?;
-        let plan = Plan::new(&device, &model, config, weight_bytes)?;
+        let plan = Plan::new(&device, &model, config, weight_bytes, needs.scratch)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
         let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
@@ -122,6 +121,7 @@ impl CudaExecutor {
             max_seq_len: plan.max_seq_len as usize,
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
+            scratch: needs.scratch,
         });
         let lane_bytes = shared.lane_bytes(plan.max_works);
         let mut lane = |stream| {
@@ -131,14 +131,24 @@ impl CudaExecutor {
             Lane::new(&device, ops, weights.clone(), packed, plan.max_works)
         };
         let mut lanes = vec![(LaneId::Main, lane(stream)?)];
-        if let Some(sms) = plan.prefill_sms {
-            let stream = Stream::new(&device, Priority::Low)?.with_sms(sms);
+        let parts = plan.partitions(&device)?;
+        let prefill = match &parts {
+            Some([_, rest]) => Some(Stream::within(rest, Priority::Low)?),
+            None if plan.lanes > 1 => Some(Stream::new(&device, Priority::Low)?),
+            None => None,
+        };
+        if let Some(stream) = prefill {
             lanes.push((LaneId::Prefill, lane(stream)?));
         }
         let before_graphs = device.free_bytes()?;
         let most_decodes = config.slots.min(config.max_batch_tokens) as usize;
         if config.graphs {
-            lanes[0].1.capture(&slots, most_decodes)?;
+            let lane = &mut lanes[0].1;
+            lane.capture(&slots, most_decodes)?;
+            if let Some([part, _]) = &parts {
+                let stream = Stream::within(part, Priority::High)?;
+                lane.capture_beside(stream, &slots, most_decodes)?;
+            }
         }
         let budget = vec![
             ("weights", weight_bytes),
@@ -150,6 +160,7 @@ impl CudaExecutor {
         Ok(Self {
             contract: Contract::new(plan.capacity(config)),
             budget,
+            weight_formats: needs.formats,
             next_ticket: 0,
             lanes,
             slots,
@@ -162,6 +173,11 @@ impl CudaExecutor {
     /// What the GPU's memory went to, in bytes.
     pub fn memory_budget(&self) -> Vec<(&'static str, u64)> {
         self.budget.clone()
+    }
+
+    /// The matrices, by the format that the file has them in.
+    pub fn weight_formats(&self) -> &[WeightFormat] {
+        &self.weight_formats
     }
 
     /// The GPU.
@@ -240,9 +256,13 @@ impl Executor for CudaExecutor {
         self.contract.submit(lane, &batch)?;
         let ticket = Ticket(self.next_ticket);
         let queued = self.device.bind().and_then(|()| {
+            let beside = self
+                .lanes
+                .iter()
+                .any(|(id, other)| *id != lane && other.is_busy());
             let lane = self.lanes.iter_mut().find(|(id, _)| *id == lane);
             let (_, lane) = lane.expect("the contract refuses lanes that are not there");
-            lane.submit(ticket, &batch, &mut self.slots)
+            lane.submit(ticket, &batch, &mut self.slots, beside)
         });
         if let Err(error) = queued {
             return Err(self.fatal(error.to_string()));
@@ -332,8 +352,8 @@ struct Plan {
     logit_tile: usize,
     max_works: usize,
     packed_bytes: usize,
-    /// Multiprocessors that the lane of long prompts fills, if there is one.
-    prefill_sms: Option<u32>,
+    lanes: usize,
+    overlap: Overlap,
     rate_bytes: u64,
 }
 
@@ -343,6 +363,7 @@ impl Plan {
         model: &ModelConfig,
         config: &CudaConfig,
         weight_bytes: u64,
+        scratch: usize,
     ) -> Result<Self, CudaError> {
         let max_seq_len = match config.max_seq_len {
             0 => model.context_len as u32,
@@ -368,19 +389,6 @@ impl Plan {
                 model.heads, model.kv_heads, model.head_dim
             )));
         }
-        let prefill_sms = match config.overlap {
-            Overlap::Off => None,
-            Overlap::Streams => Some(device.sms()),
-            Overlap::DecodeSms(kept) if (1..device.sms()).contains(&kept) => {
-                Some(device.sms() - kept)
-            }
-            Overlap::DecodeSms(kept) => {
-                return Err(CudaError::Config(format!(
-                    "{kept} multiprocessors can't be kept for decodes: this GPU has {}",
-                    device.sms()
-                )));
-            }
-        };
         let sizes = SlotSizes {
             slots,
             vocab: model.vocab_size,
@@ -395,16 +403,29 @@ impl Plan {
         let decode_works = max_works.max(slots * (2 + splits));
         let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works);
         let logit_tile = LOGIT_TILE.min(tokens);
-        let lanes = 1 + u64::from(prefill_sms.is_some());
+        let lanes = match config.overlap {
+            Overlap::Off => 1,
+            Overlap::Streams | Overlap::DecodeSms(_) => 2,
+        };
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let activations = activation_estimate(model, tokens, logit_tile, max_works);
-                let used = weight_bytes + DRIVER_RESERVE + lanes * activations;
-                total.saturating_sub(used + sizes.bytes()).min(free)
+                let activations = activation_estimate(model, tokens, logit_tile, max_works)
+                    + Arena::room_for::<bf16>(scratch);
+                let steps = lanes as u64 * activations + sizes.bytes();
+                let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + steps);
+                left.ok_or(CudaError::NoKvCache {
+                    usable: total,
+                    weights: weight_bytes,
+                    steps,
+                    driver: DRIVER_RESERVE,
+                    tokens: config.max_batch_tokens,
+                    slots: config.slots,
+                })?
+                .min(free)
             }
         };
         let kv = KvPlan::new(
@@ -438,17 +459,28 @@ impl Plan {
             logit_tile,
             max_works,
             packed_bytes,
-            prefill_sms,
+            lanes,
+            overlap: config.overlap,
             rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
         })
     }
 
-    fn lanes(&self) -> usize {
-        1 + usize::from(self.prefill_sms.is_some())
+    /// The decodes' part of the GPU and the long prompts', if it is divided.
+    fn partitions(&self, device: &Device) -> Result<Option<[Arc<Partition>; 2]>, CudaError> {
+        let Overlap::DecodeSms(sms) = self.overlap else {
+            return Ok(None);
+        };
+        if !(1..device.sms()).contains(&sms) {
+            return Err(CudaError::Config(format!(
+                "{sms} multiprocessors can't be kept for decodes: this GPU has {}",
+                device.sms()
+            )));
+        }
+        Ok(Some(Partition::split(device, sms)?.map(Arc::new)))
     }
 
     fn main_bytes(&self) -> u64 {
-        let packed = self.lanes() as u64 * self.packed_bytes.next_multiple_of(256) as u64;
+        let packed = self.lanes as u64 * self.packed_bytes.next_multiple_of(256) as u64;
         self.kv.bytes() + self.slots.bytes() + packed + self.rate_bytes
     }
 
@@ -482,7 +514,7 @@ impl Plan {
             max_batch_tokens: config.max_batch_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
-            lanes: [LaneId::Main, LaneId::Prefill][..self.lanes()].to_vec(),
+            lanes: [LaneId::Main, LaneId::Prefill][..self.lanes].to_vec(),
             depth: DEPTH as u32,
             local: self.kv.local(),
         }

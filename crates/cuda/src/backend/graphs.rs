@@ -8,6 +8,8 @@ use crate::driver::{Graph, Slice, Stream};
 /// one call. A step of fewer rows is padded.
 pub(crate) struct Bucket {
     pub(crate) rows: usize,
+    /// Whether it keeps to a part of the GPU, beside what runs on the rest.
+    pub(crate) beside: bool,
     /// How long the last step took.
     pub(crate) busy: Duration,
     graph: Graph,
@@ -17,9 +19,10 @@ pub(crate) struct Bucket {
 
 impl Bucket {
     /// `step`: what was captured.
-    pub(crate) fn new(rows: usize, graph: Graph, step: &Step) -> Self {
+    pub(crate) fn new(rows: usize, beside: bool, graph: Graph, step: &Step) -> Self {
         Self {
             rows,
+            beside,
             busy: Duration::ZERO,
             graph,
             packed: step.packed,

@@ -14,7 +14,7 @@ use super::ring::{Outcome, Ring};
 use super::slots::{QueuedBind, Slots};
 use super::step::{Describe, HostStep, LocalTables, Step};
 use crate::CudaError;
-use crate::driver::{Device, Graph, Slice};
+use crate::driver::{Device, Graph, Slice, Stream};
 use crate::kernels::{Done, MAX_TOP, NONE, RING, Want};
 
 /// Batches that may be submitted on a lane and not yet be completed.
@@ -34,8 +34,10 @@ pub(crate) struct Lane {
     step: HostStep,
     ring: Ring,
     max_works: usize,
-    /// By rows, ascending.
+    /// By rows, ascending; those for the whole GPU, then those for a part.
     buckets: Vec<Bucket>,
+    /// What the graphs for a part of the GPU were captured on; it keeps the part.
+    beside: Option<Arc<Stream>>,
     in_flight: VecDeque<InFlight>,
     /// When the last completion was seen.
     completed: Instant,
@@ -76,6 +78,7 @@ impl Lane {
             step: HostStep::default(),
             max_works,
             buckets: Vec::new(),
+            beside: None,
             in_flight: VecDeque::new(),
             completed: Instant::now(),
             last: 0..0,
@@ -93,14 +96,39 @@ impl Lane {
             let what = "a step without rows gave no result";
             return Err(CudaError::Config(what.into()));
         }
-        let stream = Arc::clone(&self.ops.stream);
+        self.capture_on(None, slots, most)
+    }
+
+    /// The same for steps that run beside others, on the part of the GPU that a stream is bound to.
+    pub(crate) fn capture_beside(
+        &mut self,
+        part: Stream,
+        slots: &Slots,
+        most: usize,
+    ) -> Result<(), CudaError> {
+        self.capture_on(Some(Arc::new(part)), slots, most)
+    }
+
+    fn capture_on(
+        &mut self,
+        part: Option<Arc<Stream>>,
+        slots: &Slots,
+        most: usize,
+    ) -> Result<(), CudaError> {
+        let (beside, whole) = (part.is_some(), Arc::clone(&self.ops.stream));
+        let stream = part.unwrap_or_else(|| Arc::clone(&whole));
+        self.ops.stream = Arc::clone(&stream);
         for rows in graphs::sizes(most) {
             let mut step = self.padding(slots, rows)?;
             let graph = Graph::capture(&stream, || self.queue(&mut step, &[], slots))?;
-            graph.upload(&stream)?;
-            self.buckets.push(Bucket::new(rows, graph, &step));
+            graph.upload(&whole)?;
+            self.buckets.push(Bucket::new(rows, beside, graph, &step));
         }
-        stream.synchronize()
+        self.ops.stream = Arc::clone(&whole);
+        if beside {
+            self.beside = Some(stream);
+        }
+        whole.synchronize()
     }
 
     /// A step of nothing but padding.
@@ -115,12 +143,18 @@ impl Lane {
         self.step.pack(packer, slots.tables)
     }
 
-    /// Queues a step.
+    /// Whether steps are in flight.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.in_flight.is_empty()
+    }
+
+    /// Queues a step. `beside`: another lane is busy.
     pub(crate) fn submit(
         &mut self,
         ticket: Ticket,
         batch: &Batch,
         slots: &mut Slots,
+        beside: bool,
     ) -> Result<(), CudaError> {
         let shared = Arc::clone(&self.ops.shared);
         let describe = describe(&shared, slots, self.max_works);
@@ -134,7 +168,7 @@ impl Lane {
             slots.note(slot, bind);
         }
         self.step.fill(ticket, batch, slots, &describe);
-        let bucket = self.bucket(batch);
+        let bucket = self.bucket(batch, beside && self.beside.is_some());
         if let Some(bucket) = bucket {
             self.step.pad(self.buckets[bucket].rows, &describe);
         }
@@ -164,13 +198,16 @@ impl Lane {
     }
 
     /// The bucket of a step in which every row decodes and samples, and nothing else happens.
-    fn bucket(&self, batch: &Batch) -> Option<usize> {
+    fn bucket(&self, batch: &Batch, beside: bool) -> Option<usize> {
+        let rows = batch.rows.len();
+        let at = self
+            .buckets
+            .iter()
+            .position(|b| b.beside == beside && b.rows >= rows)?;
         let plain = batch.rows.iter().all(|row| {
             row.input == Input::Last && row.sample && row.bind.is_none() && !row.prompt_logprobs
         });
-        let bucket = self.buckets.partition_point(|b| b.rows < batch.rows.len());
-        let fits = |bucket: &Bucket| plain && self.step.fits(bucket.rows);
-        self.buckets.get(bucket).is_some_and(fits).then_some(bucket)
+        (plain && self.step.fits(self.buckets[at].rows)).then_some(at)
     }
 
     /// Queues a step's kernels.

@@ -12,3 +12,4 @@ mod slots;
 mod step;
 
 pub use executor::{CudaConfig, CudaExecutor, Overlap};
+pub use loader::WeightFormat;

@@ -5,12 +5,12 @@ use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
 use super::kv::{KvPools, Pool};
-use super::loader::Matrix;
+use super::loader::{Matrix, Stored};
 use super::step::Step;
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
-    ActMul, AddRmsNorm, Chosen, CopyBlocks, DecodeScratch, Embed, MAX_TOP, Output, Product,
+    ActMul, AddRmsNorm, Chosen, CopyBlocks, DecodeScratch, Embed, MAX_TOP, Output, Path, Product,
     QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, StepIo, Top, Turn,
 };
 use crate::linear::Linear;
@@ -37,7 +37,7 @@ impl Kernels {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
-            linear: Linear::load(device)?,
+            linear: Linear::load(device, Path::best(device))?,
             rope: Rope::load(device)?,
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,
@@ -63,6 +63,8 @@ pub(crate) struct Shared {
     pub(crate) max_rows: usize,
     /// Positions whose logits exist at the same time.
     pub(crate) logit_tile: usize,
+    /// Elements that products with quantised weights need.
+    pub(crate) scratch: usize,
 }
 
 /// How fast each rotated pair turns.
@@ -86,6 +88,8 @@ pub(crate) struct CudaOps {
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
     decode: DecodeScratch,
+    /// Unpacked weights.
+    unpacked: Slice<bf16>,
     /// Hidden states of a tile of wanted positions.
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
@@ -123,6 +127,7 @@ impl Shared {
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
             + self.pools.main.attention.scratch_bytes(max_works)
+            + Arena::room_for::<bf16>(self.scratch)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
             + Arena::room_for::<u32>(self.max_seq_len)
@@ -148,6 +153,7 @@ impl CudaOps {
             arena.take(2 * n * shared.pairs(0))?,
             arena.take(2 * n * shared.pairs(1))?,
         ];
+        let unpacked = arena.take(shared.scratch)?;
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
         let (prompt, turn) = (arena.take(shared.max_seq_len)?, arena.take(1)?);
@@ -162,6 +168,7 @@ impl CudaOps {
             arena,
             rotations,
             decode,
+            unpacked,
             picked,
             logits,
             prompt,
@@ -185,6 +192,40 @@ impl CudaOps {
                 copies.launch(&self.stream, &local.shape, step.local_copies, local.cache)?;
             }
             s.kernels.scatter.launch(&self.stream, step.words, tables)
+        }
+    }
+
+    /// A product of `x` with a matrix.
+    fn multiply(
+        &self,
+        tokens: usize,
+        matrix: &Matrix,
+        x: Slice<bf16>,
+        out: Output,
+    ) -> Result<(), CudaError> {
+        let mut product = Product {
+            tokens,
+            outputs: matrix.rows,
+            inputs: matrix.cols,
+            x,
+            weights: Slice::null(),
+            fresh_weights: false,
+            bias: matrix.bias,
+            out,
+            stride: matrix.rows,
+        };
+        let linear = &self.shared.kernels.linear;
+        // SAFETY: see below.
+        unsafe {
+            match &matrix.stored {
+                Stored::Bf16(weights) => {
+                    product.weights = *weights;
+                    linear.launch(&self.stream, &product)
+                }
+                Stored::Packed(parts) => {
+                    linear.launch_packed(&self.stream, parts, &product, self.unpacked)
+                }
+            }
         }
     }
 
@@ -233,18 +274,20 @@ impl Ops for CudaOps {
         }
         let (last, width) = (s.slots.last, out.width);
         let out = out.data.range(0..n * width);
+        let (stream, tokens) = (&self.stream, step.tokens);
         // SAFETY: see above.
         unsafe {
-            let embed = &s.kernels.embed;
-            embed.launch(
-                &self.stream,
-                step.tokens,
-                last,
-                table.weights,
-                scale,
-                width,
-                out,
-            )
+            match &table.stored {
+                Stored::Bf16(table) => {
+                    let embed = &s.kernels.embed;
+                    embed.launch(stream, tokens, last, *table, scale, width, out)
+                }
+                Stored::Packed(parts) => {
+                    let table = parts.first().expect("a matrix has rows");
+                    let packed = s.kernels.linear.packed();
+                    packed.embed(stream, tokens, last, table, scale, width, out)
+                }
+            }
         }
     }
 
@@ -273,18 +316,7 @@ impl Ops for CudaOps {
         x: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let product = Product {
-            tokens: step.tokens.len(),
-            outputs: matrix.rows,
-            inputs: matrix.cols,
-            x: x.data,
-            weights: matrix.weights,
-            fresh_weights: false,
-            bias: matrix.bias,
-            out: Output::Bf16(out.data),
-        };
-        // SAFETY: see above.
-        unsafe { self.shared.kernels.linear.launch(&self.stream, &product) }
+        self.multiply(step.tokens.len(), matrix, x.data, Output::Bf16(out.data))
     }
 
     fn qk_norm_rope_append(
@@ -395,24 +427,14 @@ impl Ops for CudaOps {
         x: &Act,
     ) -> Result<(), CudaError> {
         let picks = step.picks.range(self.tile(step, tile));
-        let product = Product {
-            tokens: picks.len(),
-            outputs: head.rows,
-            inputs: head.cols,
-            x: self.picked,
-            weights: head.weights,
-            fresh_weights: false,
-            bias: head.bias,
-            out: Output::F32(self.logits),
-        };
         let s = &self.shared;
         // A row of hidden states is found by its index as a row of embeddings is by its id.
         // SAFETY: see above.
         unsafe {
             let (embed, last) = (&s.kernels.embed, s.slots.last);
             embed.launch(&self.stream, picks, last, x.data, 1.0, x.width, self.picked)?;
-            s.kernels.linear.launch(&self.stream, &product)
         }
+        self.multiply(picks.len(), head, self.picked, Output::F32(self.logits))
     }
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CudaError> {

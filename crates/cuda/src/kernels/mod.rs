@@ -14,6 +14,7 @@ mod embed;
 mod gemm;
 mod gemm_sm90a;
 mod packed;
+mod packed_sm90a;
 mod rope;
 mod sample;
 mod scatter;
@@ -28,7 +29,8 @@ pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
 pub use gemm_sm90a::GemmHopper;
-pub use packed::{Form, Packed};
+pub use packed::{Form, Pack, Packed};
+pub use packed_sm90a::PackedHopper;
 pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,

@@ -28,6 +28,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
     ("packed", packed::packed),
+    ("small products", linear::small),
+    ("small packed products", packed::small),
     ("attention", attention::attention),
     ("speed: matrices", linear::throughput),
     ("speed: quantised", packed::throughput),

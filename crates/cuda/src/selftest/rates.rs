@@ -2,7 +2,7 @@ use half::bf16;
 
 use super::lab::Lab;
 use crate::driver::{Device, Event, Pinned};
-use crate::kernels::{Output, Product};
+use crate::kernels::{Output, Path, Product};
 use crate::{CudaError, Linear};
 
 /// What a GPU was seen to do, per second.
@@ -40,7 +40,7 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
     let copy = lab.time(|stream| unsafe { stream.copy(from, to) })?;
     lab.clear()?;
 
-    let linear = Linear::load(device)?;
+    let linear = Linear::load(device, Path::best(device))?;
     let product = Product {
         tokens: SIDE,
         outputs: SIDE,
@@ -48,6 +48,7 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         x: lab.random_bf16s(SIDE * SIDE)?,
         weights: lab.random_bf16s(SIDE * SIDE)?,
         fresh_weights: false,
+        stride: SIDE,
         bias: None,
         out: Output::Bf16(lab.output::<bf16>(SIDE * SIDE)?.slice),
     };
@@ -63,9 +64,11 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         for _ in 0..5 {
             lab.stream.record(&start)?;
             // SAFETY: the copy has run when `synchronize` returns.
-            match down {
-                true => unsafe { lab.stream.download(there, &mut host)? },
-                false => unsafe { lab.stream.upload(&host, there)? },
+            unsafe {
+                match down {
+                    true => lab.stream.download(there, &mut host)?,
+                    false => lab.stream.upload(&host, there)?,
+                }
             }
             lab.stream.record(&end)?;
             lab.stream.synchronize()?;

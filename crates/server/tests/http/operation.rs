@@ -280,6 +280,16 @@ async fn metrics_count_what_happened() {
         info.contains("block_size=\"16\"") && info.contains("num_gpu_blocks=\"128\""),
         "{info}"
     );
+    let memory = text
+        .lines()
+        .find(|line| line.starts_with("spate_memory_bytes{"))
+        .unwrap();
+    assert!(
+        memory.contains("device=\"sim\"")
+            && memory.contains("part=\"weights\"")
+            && memory.ends_with(" 42"),
+        "{memory}"
+    );
     assert!(text.contains("model_name=\"sim-model\"") && !text.contains("nowhere"));
 }
 
