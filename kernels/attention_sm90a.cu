@@ -40,8 +40,8 @@ ATTENTION(decode_256, 256, 64, 1, true)
 
 #define ATTENTION_PACKED(name, ...)                                                                          \
   extern "C" __global__ void __launch_bounds__(Shape<__VA_ARGS__>::THREADS, 1)                               \
-      attention_##name(const __grid_constant__ AttentionArgs args, uint32_t box_rows) {                      \
-    attention<Shape<__VA_ARGS__>>(args, nullptr, box_rows);                                                  \
+      attention_##name(const __grid_constant__ AttentionArgs args) {                                         \
+    attention<Shape<__VA_ARGS__>>(args, nullptr, 0);                                                         \
   }
 
 ATTENTION_PACKED(decode_packed_64, 64, 128, 1, true, true)

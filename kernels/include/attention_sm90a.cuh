@@ -89,7 +89,7 @@ struct Attention {
   static constexpr int HD = S::HD, N = S::N;
 
   const AttentionArgs& args;
-  const TensorMap* const cache;  // null for codes
+  const TensorMap* const cache;  // null for codes, and then there are no boxes
   const uint32_t box_rows;
   const uint32_t shared;
   uint8_t* const shared_pointer;
@@ -131,7 +131,7 @@ struct Attention {
       barrier_init(queries_empty(consumer), 128);  // every thread has read the task
     }
     for (int slot = 0; slot < S::SLOTS; slot++) {
-      barrier_init(slot_full(slot), 1);
+      barrier_init(slot_full(slot), 32);
       barrier_init(slot_empty(slot), 4 * S::UNPACKERS);
     }
     barrier_init_fence();
@@ -169,14 +169,19 @@ struct Attention {
     return reinterpret_cast<Task*>(shared_pointer + S::TASKS_AT)[consumer];
   }
 
+  static constexpr uint32_t NOWHERE = 0xffffffffu;
+
   // ---- loading
 
   __device__ __forceinline__ void load_keys_and_values() const {
     Ring<STAGES> ring;
     uint32_t round = 0;
     for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+      uint32_t next = find_block(task, task.first_tile, box_rows);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
-        const int row = cache_row(task, tile);
+        const uint32_t block = next;
+        next = find_block(task, tile + 1, box_rows);  // on its way while this tile's copies wait for room
+        const int row = cache_row(task, tile, block);
         load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row);
         const int to_values = args.shape.kv_heads * args.shape.block_size;
         load_tile(values(ring.stage), values_full(ring.stage), values_empty(ring.stage), ring.parity,
@@ -186,14 +191,19 @@ struct Attention {
     }
   }
 
+  // A tile's rows are loaded by a warp, `rows` by each of its first lanes. The block where a lane's are:
+  __device__ __forceinline__ uint32_t find_block(const Task& task, uint32_t tile, uint32_t rows) const {
+    const uint32_t row = threadIdx.x % 32 * rows, position = tile * N + row;
+    if (row >= N || position >= task.end || tile >= task.end_tile) return NOWHERE;
+    return args.tables[task.work.table + position / args.shape.block_size];
+  }
+
   static constexpr int OUTSIDE = -256;  // TMA reads zeros there
 
-  // The row of the cache where this lane's box of keys begins: each lane loads one.
-  __device__ __forceinline__ int cache_row(const Task& task, uint32_t tile) const {
-    const uint32_t row = threadIdx.x % 32 * box_rows, position = tile * N + row;
-    const uint32_t block_size = args.shape.block_size;
-    if (row >= N || position >= task.end) return OUTSIDE;
-    const uint32_t block = args.tables[task.work.table + position / block_size];
+  // The row of the cache where this lane's box of keys begins.
+  __device__ __forceinline__ int cache_row(const Task& task, uint32_t tile, uint32_t block) const {
+    if (block == NOWHERE) return OUTSIDE;
+    const uint32_t position = tile * N + threadIdx.x % 32 * box_rows, block_size = args.shape.block_size;
     return (((args.layer * args.shape.blocks + block) * 2) * args.shape.kv_heads + task.kv_head) * block_size +
            position % block_size;
   }
@@ -211,45 +221,45 @@ struct Attention {
 
   // ---- codes
 
-  __device__ __forceinline__ void load_codes() const {
+  // Loads keys (`which` 0) or values (1) into every second slot; one warp each. Copies of 16 bytes: of blocks of
+  // few positions, bulk copies are too small to keep memory busy.
+  __device__ __forceinline__ void load_codes(int which) const {
     Ring<S::SLOTS> slot;
+    if (which == 1) slot.advance();
     uint32_t round = 0;
     for (Task task = take(round); task.end_tile != 0; task = take(round)) {
-      const uint8_t* next = find_codes(task, task.first_tile);
+      uint32_t next = find_block(task, task.first_tile, 16);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
-        const uint8_t* const codes = next;
-        const uint32_t row = (tile * N + threadIdx.x % 32 * box_rows) % args.shape.block_size;
-        next = find_codes(task, tile + 1);  // the table is read while the copies run
-        load_slot(slot, codes, row);
+        const uint32_t block = next;
+        next = find_block(task, tile + 1, 16);
+        barrier_wait(slot_empty(slot.stage), slot.parity ^ 1);
+        load_slot(task, tile, block, which, slot.stage);
         slot.advance();
-        load_slot(slot, codes == nullptr ? codes : codes + args.shape.key_to_value(), row);
         slot.advance();
       }
     }
   }
 
-  // The tile of the cache where this lane's box of keys lies.
-  __device__ __forceinline__ const uint8_t* find_codes(const Task& task, uint32_t tile) const {
-    const uint32_t row = threadIdx.x % 32 * box_rows, position = tile * N + row;
-    if (row >= N || position >= task.end || tile >= task.end_tile) return nullptr;
-    const uint32_t block = args.tables[task.work.table + position / args.shape.block_size];
-    return args.cache + args.shape.key_tile(args.layer, block, task.kv_head);
-  }
-
-  // A box is its rows' codes, then their scales, as in a block of the cache.
-  __device__ __forceinline__ void load_slot(const Ring<S::SLOTS>& slot, const uint8_t* codes, uint32_t row) const {
-    const uint32_t full = slot_full(slot.stage), lane = threadIdx.x % 32;
-    const uint32_t box = box_rows * args.shape.row_bytes, boxes = __popc(__ballot_sync(0xffffffffu, codes != nullptr));
-    barrier_wait(slot_empty(slot.stage), slot.parity ^ 1);
-    if (lane == 0) barrier_arrive_expect(full, boxes * box);
-    __syncwarp();
-    if (codes == nullptr) return;
-    const uint32_t to = shared + S::SLOTS_AT + slot.stage * S::SLOT + lane * box;
-    if (box_rows == args.shape.block_size) return bulk_load(to, codes, box, full, l2_evict_first());
-    const uint32_t scales_row = 2 * args.shape.scales();
-    const uint8_t* scales = codes + args.shape.block_size * HD + row * scales_row;
-    bulk_load(to, codes + row * HD, box_rows * HD, full, l2_evict_first());
-    bulk_load(to + box_rows * HD, scales, box_rows * scales_row, full, l2_evict_first());
+  // Lane i knows the block of rows 16 i to 16 i + 15.
+  __device__ __forceinline__ void load_slot(const Task& task, uint32_t tile, uint32_t block, int which,
+                                            int slot) const {
+    const uint32_t lane = threadIdx.x % 32, block_size = args.shape.block_size;
+    const uint32_t scales_row = 2 * args.shape.scales(), first = (tile * N + lane * 16) % block_size;
+    const uint32_t to = shared + S::SLOTS_AT + slot * S::SLOT;
+    const uint32_t groups = __popc(__ballot_sync(0xffffffffu, block != NOWHERE));
+    const size_t mine = args.shape.key_tile(args.layer, block, task.kv_head) + which * args.shape.key_to_value();
+#pragma unroll 4
+    for (uint32_t group = 0; group < groups; group++) {
+      const uint8_t* const codes = args.cache + __shfl_sync(0xffffffffu, mine, group);
+      const uint32_t row = __shfl_sync(0xffffffffu, first, group);
+#pragma unroll
+      for (uint32_t i = lane; i < HD; i += 32) {
+        copy_async(to + group * 16 * HD + i * 16, codes + row * HD + i * 16, true);
+      }
+      const uint8_t* const scales = codes + block_size * HD + row * scales_row;
+      if (lane < scales_row) copy_async(to + N * HD + group * 16 * scales_row + lane * 16, scales + lane * 16, true);
+    }
+    copy_async_arrive(slot_full(slot));
   }
 
   __device__ __forceinline__ void unpack_tiles() const {
@@ -273,13 +283,13 @@ struct Attention {
   // Rows from `valid` on become zero: what is there is another sequence's.
   __device__ __forceinline__ void unpack_tile(uint8_t* to, uint32_t full, const Ring<S::SLOTS>& slot,
                                               uint32_t valid) const {
-    constexpr uint32_t THREADS = 128 * S::UNPACKERS, PIECES = HD / 16;
     const uint8_t* const from = shared_pointer + S::SLOTS_AT + slot.stage * S::SLOT;
-    const uint32_t box_bits = __ffs(box_rows) - 1, box = box_rows * args.shape.row_bytes;
-    const uint32_t scales = args.shape.scales();
+    const bf16* const scales = reinterpret_cast<const bf16*>(from + N * HD);
+    const uint32_t scales_row = args.shape.scales(), scale_step = scales_row > 1 ? 1 : 0;
     // Loads of a batch do not wait for the stores of the one before.
-    constexpr uint32_t COUNT = N * PIECES / THREADS, BATCH = COUNT % 4 == 0 ? 4 : COUNT % 3 == 0 ? 3 : 2;
-    static_assert(COUNT * THREADS == N * PIECES && COUNT % BATCH == 0);
+    constexpr uint32_t COUNT = N * (HD / 16) / (128 * S::UNPACKERS);
+    constexpr uint32_t BATCH = COUNT % 4 == 0 ? 4 : COUNT % 3 == 0 ? 3 : 2;
+    static_assert(COUNT * 128 * S::UNPACKERS == N * (HD / 16) && COUNT % BATCH == 0);
     barrier_wait(slot_full(slot.stage), slot.parity);
 #pragma unroll
     for (uint32_t start = 0; start < COUNT; start += BATCH) {
@@ -288,17 +298,14 @@ struct Attention {
 #pragma unroll
       for (uint32_t i = 0; i < BATCH; i++) {
         uint32_t row, piece;
-        find_piece(threadIdx.x - 128 + (start + i) * THREADS, row, piece);
-        const uint8_t* const of_box = from + (row >> box_bits) * box;
-        const uint32_t in_box = row % box_rows;
-        codes[i] = *reinterpret_cast<const uint4*>(of_box + in_box * HD + piece * 16);
-        const bf16* const of_row = reinterpret_cast<const bf16*>(of_box + box_rows * HD) + in_box * scales;
-        scale[i] = row < valid ? of_row[scales > 1 ? piece : 0] : bf16{0};
+        find_piece(start + i, row, piece);
+        codes[i] = *reinterpret_cast<const uint4*>(from + row * HD + piece * 16);
+        scale[i] = row < valid ? scales[row * scales_row + piece * scale_step] : bf16{0};
       }
 #pragma unroll
       for (uint32_t i = 0; i < BATCH; i++) {
         uint32_t row, piece;
-        find_piece(threadIdx.x - 128 + (start + i) * THREADS, row, piece);
+        find_piece(start + i, row, piece);
         uint4 low, high;
         unpack16(codes[i], scale[i], args.shape.format, low, high);
         uint8_t* const part = to + row / 8 * S::GROUP + piece / 4 * S::GROUP_PART + row % 8 * SWIZZLE_ROW;
@@ -312,15 +319,20 @@ struct Attention {
     release(slot_empty(slot.stage));
   }
 
-  // Which piece is a thread's i-th.
+  // Which piece is this thread's i-th.
   static __device__ __forceinline__ void find_piece(uint32_t i, uint32_t& row, uint32_t& piece) {
-    if constexpr (HD % 128 == 0) {
-      // Eight neighbours have two rows of a part, whose pieces of bfloat16 lie in different banks.
-      row = i / (8 * S::PARTS) * 2 + i / 4 % 2;
-      piece = i / 8 % S::PARTS * 4 + i % 4;
+    constexpr uint32_t THREADS = 128 * S::UNPACKERS;
+    const uint32_t thread = threadIdx.x - 128;
+    if constexpr (HD % 64 == 0) {
+      // The same in every 8th row. Eight neighbours have two rows of a part, whose pieces of bfloat16 lie in
+      // different banks.
+      constexpr uint32_t STEP = THREADS / (HD / 16);
+      static_assert(STEP % 8 == 0);
+      row = thread / (8 * S::PARTS) * 2 + thread / 4 % 2 + i * STEP;
+      piece = thread / 8 % S::PARTS * 4 + thread % 4;
     } else {
-      row = i / (HD / 16);
-      piece = i % (HD / 16);
+      row = (thread + i * THREADS) / (HD / 16);
+      piece = (thread + i * THREADS) % (HD / 16);
     }
   }
 
@@ -351,8 +363,6 @@ struct Attention {
       barrier_arrive(queries_full(consumer));
     }
   }
-
-  static constexpr uint32_t NOWHERE = 0xffffffffu;
 
   // First element of a row's query.
   __device__ __forceinline__ uint32_t find_query(const Task& task, uint32_t row) const {
@@ -704,14 +714,12 @@ __device__ __forceinline__ void attention(const AttentionArgs& args, const Tenso
     } else if (S::CONSUMERS == 2) {
       registers_decrease<40>();
     }
-    if (warp == 0) {
-      if constexpr (S::PACKED) {
-        attention.load_codes();
-      } else {
-        attention.load_keys_and_values();
-      }
-    } else if (warp <= S::CONSUMERS) {
+    if (warp >= 1 && warp <= S::CONSUMERS) {
       attention.load_queries(warp - 1);
+    } else if constexpr (S::PACKED) {
+      if (warp == 0 || warp == 2) attention.load_codes(warp / 2);
+    } else if (warp == 0) {
+      attention.load_keys_and_values();
     }
   } else if (warpgroup <= S::UNPACKERS) {
     registers_decrease<96>();

@@ -13,6 +13,7 @@
 //!
 //! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
 //! the instruction set and so not inlined.
+#![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 

@@ -11,7 +11,7 @@ use spate_cuda::driver::Device;
 use spate_cuda::{CudaConfig, CudaError, KvDtype, Overlap};
 use spate_executor::conformance;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
-use spate_model::{ARCHITECTURES, Gguf};
+use spate_model::{ARCHITECTURES, GgmlType, Gguf};
 use spate_types::TokenId;
 
 use common::{config, cpu, cuda, mean_difference, run, take_kv_dtype, verdict};
@@ -32,9 +32,10 @@ fn main() -> Result<ExitCode> {
     };
     for kv_dtype in kv_dtypes {
         for architecture in ARCHITECTURES {
-            passed &= tiny(architecture, kv_dtype)?;
+            passed &= tiny(architecture, [GgmlType::Q4_1, GgmlType::Q8_0], kv_dtype)?;
         }
     }
+    passed &= tiny("llama", [GgmlType::F16; 2], KvDtype::Bf16)?;
     Ok(if passed {
         ExitCode::SUCCESS
     } else {
@@ -42,8 +43,13 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-/// A random model of an architecture: the suite in every mode, then prompt logprobs of both backends.
-fn tiny(architecture: &'static str, kv_dtype: KvDtype) -> Result<bool> {
+/// A random model of an architecture, with other weights for the value projection: the suite in every mode,
+/// then prompt logprobs of both backends.
+fn tiny(
+    architecture: &'static str,
+    [weights, value_weights]: [GgmlType; 2],
+    kv_dtype: KvDtype,
+) -> Result<bool> {
     let spec = TinyLlama {
         architecture,
         hidden: 128,
@@ -51,6 +57,8 @@ fn tiny(architecture: &'static str, kv_dtype: KvDtype) -> Result<bool> {
         ffn: 192,
         bias: architecture == "qwen2",
         window: matches!(architecture, "gemma3" | "phi3").then_some(40),
+        weights,
+        value_weights,
         ..TinyLlama::default()
     };
     let file = TempFile::new(&tiny_llama(&spec));

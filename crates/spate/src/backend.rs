@@ -18,6 +18,8 @@ pub(crate) enum Backend {
 /// A loaded model.
 pub(crate) struct Loaded {
     pub(crate) executor: Box<dyn Executor>,
+    /// For programs: `cpu` or `cuda:0`.
+    pub(crate) device: String,
     pub(crate) sizes: Sizes,
     /// The backend, the device, what is chosen by its abilities.
     pub(crate) description: String,
@@ -68,6 +70,7 @@ impl Backend {
             Self::Cpu => {
                 let executor = CpuExecutor::load(checkpoint, &cpu_config(settings)?, progress)?;
                 Ok(Loaded {
+                    device: "cpu".into(),
                     sizes: self.sizes(settings),
                     description: describe_cpu(settings, &executor),
                     memory: executor.memory_budget(),
@@ -79,6 +82,7 @@ impl Backend {
                 let config = cuda_config(settings, *number)?;
                 let executor = CudaExecutor::load(checkpoint, &config, progress)?;
                 Ok(Loaded {
+                    device: format!("cuda:{number}"),
                     sizes: self.sizes(settings),
                     description: describe_gpu(*number, device),
                     memory: executor.memory_budget(),

@@ -33,6 +33,40 @@ pub(super) struct ActBlock {
     pub(super) scaled_sum: [f32; 3],
 }
 
+/// The tokens whose activations the matrix unit takes at once.
+pub(super) const TILE_TOKENS: usize = 16;
+
+/// The blocks of sixteen tokens at the same columns, as the matrix unit and the work behind it read
+/// them.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(super) struct ActTile {
+    pub(super) words: [[i32; BLOCK / 4]; TILE_TOKENS],
+    pub(super) scale: [f32; TILE_TOKENS],
+    pub(super) scaled_sum: [[f32; TILE_TOKENS]; 3],
+}
+
+impl ActTile {
+    #[inline(always)]
+    fn set(&mut self, token: usize, block: &ActBlock) {
+        self.words[token] = block.words;
+        self.scale[token] = block.scale;
+        for (own, sum) in self.scaled_sum.iter_mut().zip(block.scaled_sum) {
+            own[token] = sum;
+        }
+    }
+}
+
+/// Quantised activations of `m` tokens.
+#[derive(Clone, Copy)]
+pub(super) enum Quantized<'a> {
+    /// `[m, cols / 32]`
+    Blocks(&'a [ActBlock]),
+    /// `[m / 16, cols / 32]`: for the matrix unit. What the last tile has beyond the `m` tokens is
+    /// left over from earlier ones.
+    Tiles(&'a [ActTile]),
+}
+
 /// Quantises `x`, whole blocks, into `out`. Symmetric, to the nearest, ties to even.
 pub(super) fn quantize(isa: Isa, pool: &ThreadPool, x: &[f32], out: &mut [ActBlock]) {
     let (x, rest) = x.as_chunks::<BLOCK>();
@@ -47,6 +81,39 @@ pub(super) fn quantize(isa: Isa, pool: &ThreadPool, x: &[f32], out: &mut [ActBlo
             out,
         });
     });
+}
+
+/// The same for the matrix unit: `x` is `[m, cols]`.
+pub(super) fn quantize_tiles(
+    isa: Isa,
+    pool: &ThreadPool,
+    x: &[f32],
+    cols: usize,
+    out: &mut [ActTile],
+) {
+    pool.run_chunks(out, cols / BLOCK, |i, out| {
+        let x = x.chunks(TILE_TOKENS * cols).nth(i).unwrap_or_default();
+        isa.run(QuantizeTile { x, cols, out });
+    });
+}
+
+struct QuantizeTile<'a> {
+    x: &'a [f32],
+    cols: usize,
+    out: &'a mut [ActTile],
+}
+
+impl Kernel for QuantizeTile<'_> {
+    #[inline(always)]
+    fn run<V: Lanes>(self, _: V) {
+        let mut block = ActBlock::default();
+        for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
+            for (x, out) in x.as_chunks().0.iter().zip(&mut *self.out) {
+                quantize_block(x, &mut block);
+                out.set(t, &block);
+            }
+        }
+    }
 }
 
 struct Quantize<'a> {

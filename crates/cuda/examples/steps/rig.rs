@@ -79,6 +79,7 @@ impl Sequence {
             blocks: self.blocks.clone(),
             local: self.local.clone(),
             sample,
+            masked: false,
             prompt_logprobs: false,
         };
         self.len = row.end();

@@ -311,7 +311,8 @@ impl Attention {
                 decode = module.kernel(decode_name)?;
                 decode.allow_shared_bytes(sizes.shared_bytes(head_dim, true, packed))?;
                 let box_rows = box_rows(block_size, sizes.tile);
-                let map = match packed {
+                // Nobody reads a pool without layers.
+                let map = match packed || cache.is_empty() {
                     true => TensorMap::UNUSED,
                     false => TensorMap::heads(cache.cast(), head_dim, box_rows)?,
                 };
@@ -549,7 +550,7 @@ impl Attention {
                 // SAFETY: as in `prefill`.
                 unsafe {
                     match packed {
-                        true => kernel.launch(stream, shape, &(arguments, *box_rows)),
+                        true => kernel.launch(stream, shape, &(arguments,)),
                         false => kernel.launch(stream, shape, &(arguments, *map, *box_rows)),
                     }
                 }

@@ -600,10 +600,14 @@ fn speeds(
     for (path, name) in paths(lab.device()) {
         let name = format!("{dtype_name} ({name})");
         for load in prefills {
-            reports.push(timed(lab, path, &name, Kind::Prefill, dtype, *load)?);
+            reports.push(timed(lab, path, &name, Kind::Prefill, dtype, 16, *load)?);
         }
         for load in DECODINGS {
-            reports.push(timed(lab, path, &name, Kind::Decode, dtype, load)?);
+            reports.push(timed(lab, path, &name, Kind::Decode, dtype, 16, load)?);
+        }
+        for load in [DECODINGS[4], DECODINGS[8]] {
+            let name = format!("{name} blocks of 64");
+            reports.push(timed(lab, path, &name, Kind::Decode, dtype, 64, load)?);
         }
     }
     Ok(reports)
@@ -615,14 +619,14 @@ fn timed(
     name: &str,
     kind: Kind,
     dtype: KvDtype,
+    block_size: u32,
     ([heads, kv_heads, head_dim], [count, past, tokens]): Load,
 ) -> Result<Report, CudaError> {
-    const BLOCK_SIZE: u32 = 16;
     /// Several layers in turn: those of the last run are in L2.
     const COLD: usize = 400 << 20;
     lab.clear()?;
-    let blocks = (past + tokens).div_ceil(BLOCK_SIZE);
-    let shape = KvShape::new(dtype, blocks * count, kv_heads, BLOCK_SIZE, head_dim);
+    let blocks = (past + tokens).div_ceil(block_size);
+    let shape = KvShape::new(dtype, blocks * count, kv_heads, block_size, head_dim);
     let layers = COLD.div_ceil(shape.layer_bytes()).min(64);
     let row = (heads + 2 * kv_heads) * head_dim;
     let cache = lab.random_bf16s(layers * shape.layer_bytes() / 2)?.cast();

@@ -29,6 +29,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
     ("packed", packed::packed),
+    ("small products", linear::small),
+    ("small packed products", packed::small),
     ("attention 64", attention::attention::<64>),
     ("attention 96", attention::attention::<96>),
     ("attention 128", attention::attention::<128>),

@@ -48,7 +48,6 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         x: lab.random_bf16s(SIDE * SIDE)?,
         weights: lab.random_bf16s(SIDE * SIDE)?,
         fresh_weights: false,
-        stride: SIDE,
         bias: None,
         out: Output::Bf16(lab.output::<bf16>(SIDE * SIDE)?.slice),
     };
@@ -64,9 +63,11 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         for _ in 0..5 {
             lab.stream.record(&start)?;
             // SAFETY: the copy has run when `synchronize` returns.
-            match down {
-                true => unsafe { lab.stream.download(there, &mut host)? },
-                false => unsafe { lab.stream.upload(&host, there)? },
+            unsafe {
+                match down {
+                    true => lab.stream.download(there, &mut host)?,
+                    false => lab.stream.upload(&host, there)?,
+                }
             }
             lab.stream.record(&end)?;
             lab.stream.synchronize()?;
