@@ -177,6 +177,7 @@ impl Sequence {
             blocks: self.blocks.clone(),
             local,
             sample: self.position as usize + input.len() >= self.prompt.len(),
+            masked: false,
             prompt_logprobs: input != Input::Last,
             input,
         }

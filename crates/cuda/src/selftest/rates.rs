@@ -48,6 +48,7 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
         x: lab.random_bf16s(SIDE * SIDE)?,
         weights: lab.random_bf16s(SIDE * SIDE)?,
         fresh_weights: false,
+        stride: SIDE,
         bias: None,
         out: Output::Bf16(lab.output::<bf16>(SIDE * SIDE)?.slice),
     };
