@@ -12,7 +12,7 @@ pub mod kernels;
 mod linear;
 pub mod selftest;
 
-pub use backend::{CudaConfig, CudaExecutor, Overlap, WeightFormat};
+pub use backend::{CudaConfig, CudaExecutor, Estimate, Overlap, WeightFormat};
 pub use error::CudaError;
 pub use kernels::KvDtype;
 pub use linear::{Linear, PackedPart};

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use spate_cpu::Estimate;
+use spate_cuda::{CudaConfig, driver};
 use spate_model::{ModelConfig, TensorInfo};
 
-use crate::backend::cpu_config;
+use crate::backend::{cpu_config, cuda_config};
 use crate::memory;
 use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
 use crate::settings::units::{format_size, parse_size};
-use crate::settings::{SettingFlags, Settings, Sizes};
+use crate::settings::{self, SettingFlags, Settings, Sizes};
 
 /// Show what a model is, what it takes, and whether it fits this machine
 #[derive(Debug, clap::Args)]
@@ -56,9 +57,83 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         settings.cpu_mode.name(),
     )?;
     let available = args.memory.or_else(memory::available);
-    text.push_str(&verdict(&estimate, load, available)?);
+    text.push_str(&verdict(&Needs::of_cpu(&estimate), load, available)?);
+    if let Some((number, gpu)) = gpu(settings.device)? {
+        let config = cuda_config(&settings, number)?;
+        text.push_str(&on_gpu(&model, &config, &gpu, load, args.memory));
+    }
     print!("{text}");
     Ok(())
+}
+
+/// The GPU that `spate serve` would take.
+fn gpu(device: settings::Device) -> Result<Option<(u32, driver::Device)>> {
+    Ok(match device {
+        settings::Device::Cpu => None,
+        settings::Device::Auto => driver::Device::open(0).ok().map(|gpu| (0, gpu)),
+        settings::Device::Cuda(number) => Some((number, driver::Device::open(number)?)),
+    })
+}
+
+/// What it takes on a GPU, and whether that has it.
+fn on_gpu(
+    model: &OpenModel,
+    config: &CudaConfig,
+    gpu: &driver::Device,
+    load: Load,
+    memory: Option<u64>,
+) -> String {
+    let estimate = spate_cuda::Estimate::new(model.checkpoint(), config);
+    let report = estimate.map_err(anyhow::Error::from).and_then(|estimate| {
+        let needs = Needs::of_gpu(&estimate);
+        let kv = (needs.kv_cache)(load.sequences, load.tokens)?;
+        let mut text = String::new();
+        let mut line = |name: &str, part: &str, bytes: u64, note: &str| {
+            let bytes = format_size(bytes);
+            let _infallible = writeln!(text, "{name:<14}{part:<12}{bytes:>10}{note}");
+        };
+        line("GPU memory", "weights", estimate.weights, "");
+        line("", "KV cache", kv, "");
+        line("", "activations", estimate.steps, "");
+        line("", "driver", estimate.driver, "");
+        let note = format!("  on {}", gpu.name());
+        line("", "total", needs.fixed.saturating_add(kv), &note);
+        let share = gpu.total_bytes() as f64 * f64::from(config.memory_utilization);
+        text.push_str(&verdict(&needs, load, memory.or(Some(share as u64)))?);
+        Ok(text)
+    });
+    // Another backend's trouble is no reason to say nothing about this one.
+    report.unwrap_or_else(|error| format!("GPU           {error}\n"))
+}
+
+/// What a backend takes, in bytes.
+struct Needs<'a> {
+    /// All but the KV cache.
+    fixed: u64,
+    /// The KV cache for so many sequences of so many tokens.
+    kv_cache: Box<dyn Fn(u32, u32) -> Result<u64> + 'a>,
+}
+
+impl<'a> Needs<'a> {
+    fn of_cpu(estimate: &'a Estimate) -> Self {
+        Self {
+            fixed: estimate.weights.saturating_add(estimate.activations),
+            kv_cache: Box::new(|sequences, tokens| Ok(estimate.kv_cache(sequences, tokens)?.bytes)),
+        }
+    }
+
+    fn of_gpu(estimate: &'a spate_cuda::Estimate) -> Self {
+        let parts = [estimate.weights, estimate.steps, estimate.driver];
+        Self {
+            fixed: parts.into_iter().fold(0, u64::saturating_add),
+            kv_cache: Box::new(|sequences, tokens| {
+                let kv = estimate.kv_cache(sequences, tokens);
+                kv.with_context(|| {
+                    format!("no KV cache holds {sequences} sequences of {tokens} tokens")
+                })
+            }),
+        }
+    }
 }
 
 impl InspectArgs {
@@ -176,40 +251,35 @@ fn describe_needs(
     }
     line("", "activations", estimate.activations, "");
     let note = format!("  on a CPU, {mode}, for {sequences} sequences of {tokens} tokens");
-    line("", "total", total(estimate, kv.bytes), &note);
+    let total = Needs::of_cpu(estimate).fixed.saturating_add(kv.bytes);
+    line("", "total", total, &note);
     Ok(())
 }
 
-fn total(estimate: &Estimate, kv_cache: u64) -> u64 {
-    let fixed = estimate.weights.saturating_add(estimate.activations);
-    fixed.saturating_add(kv_cache)
-}
-
 /// Whether it fits, and if not, why and what would.
-fn verdict(estimate: &Estimate, load: Load, available: Option<u64>) -> Result<String> {
+fn verdict(needs: &Needs<'_>, load: Load, available: Option<u64>) -> Result<String> {
     let Load { sequences, tokens } = load;
-    let kv_bytes = estimate.kv_cache(sequences, tokens)?.bytes;
-    let needed = total(estimate, kv_bytes);
-    let needs = format_size(needed);
+    let kv_bytes = (needs.kv_cache)(sequences, tokens)?;
+    let needed = needs.fixed.saturating_add(kv_bytes);
     let Some(available) = available else {
         return Ok(format!(
-            "it needs {needs}; this machine does not say how much it has\n"
+            "it needs {}; this machine does not say how much it has\n",
+            format_size(needed)
         ));
     };
     let has = format_size(available);
     if needed <= available {
-        return Ok(format!("fits: it needs {needs} of {has}\n"));
+        return Ok(format!("fits: it needs {} of {has}\n", format_size(needed)));
     }
-    let fixed = total(estimate, 0);
-    let Some(left) = available.checked_sub(fixed) else {
+    let Some(left) = available.checked_sub(needs.fixed) else {
         return Ok(format!(
             "does not fit, because the weights and activations alone need {}, and there are {has}\n",
-            format_size(fixed)
+            format_size(needs.fixed)
         ));
     };
     let fits = |sequences, tokens| {
-        let kv = estimate.kv_cache(sequences, tokens);
-        kv.is_ok_and(|kv| kv.bytes <= left)
+        let kv = (needs.kv_cache)(sequences, tokens);
+        kv.is_ok_and(|kv| kv <= left)
     };
     let advice = match most(sequences, |n| fits(n, tokens)) {
         0 => match most(tokens, |n| fits(1, n)) {
@@ -255,8 +325,9 @@ mod tests {
         let estimate = Estimate::new(&gguf, &config).unwrap();
         assert_eq!(estimate.kv_cache(1, 16).unwrap().bytes, 8 << 10);
         let load = Load { sequences, tokens };
-        let available = left.map(|left| total(&estimate, 0).checked_add_signed(left).unwrap());
-        verdict(&estimate, load, available).unwrap()
+        let needs = Needs::of_cpu(&estimate);
+        let available = left.map(|left| needs.fixed.checked_add_signed(left).unwrap());
+        verdict(&needs, load, available).unwrap()
     }
 
     #[test]

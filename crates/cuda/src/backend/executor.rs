@@ -29,7 +29,7 @@ use crate::kernels::{
 const LOGIT_TILE: usize = 256;
 
 /// Memory that is left to the driver: code of kernels, local memory, graphs.
-const DRIVER_RESERVE: u64 = 512 << 20;
+pub(super) const DRIVER_RESERVE: u64 = 512 << 20;
 
 /// How prompts are computed while other sequences decode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -314,7 +314,7 @@ impl Executor for CudaExecutor {
     }
 }
 
-fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError> {
+pub(super) fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError> {
     let refuse = |what: String| Err(CudaError::Config(what));
     for (name, value) in [
         ("slots", config.slots),
@@ -361,6 +361,18 @@ fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError
     Ok(())
 }
 
+/// What steps depend on besides the KV cache's size.
+pub(super) struct StepPlan {
+    pub(super) attention: AttentionModel,
+    pub(super) max_seq_len: u32,
+    slots: SlotSizes,
+    /// Most parts that a sequence's positions are split into.
+    splits: usize,
+    max_works: usize,
+    logit_tile: usize,
+    lanes: usize,
+}
+
 /// Sizes, decided before memory is taken.
 struct Plan {
     kv: KvPlan,
@@ -375,14 +387,8 @@ struct Plan {
     constant_bytes: u64,
 }
 
-impl Plan {
-    fn new(
-        device: &Device,
-        model: &ModelConfig,
-        config: &CudaConfig,
-        weight_bytes: u64,
-        scratch: usize,
-    ) -> Result<Self, CudaError> {
+impl StepPlan {
+    pub(super) fn new(model: &ModelConfig, config: &CudaConfig) -> Result<Self, CudaError> {
         let max_seq_len = match config.max_seq_len {
             0 => model.context_len as u32,
             len => len,
@@ -416,31 +422,67 @@ impl Plan {
         };
         // A split has at least 256 positions.
         let splits = max_seq_len.div_ceil(256) as usize;
-        let max_works = 4 * slots + splits;
+        Ok(Self {
+            attention,
+            max_seq_len,
+            slots: sizes,
+            splits,
+            max_works: 4 * slots + splits,
+            logit_tile: LOGIT_TILE.min(config.max_batch_tokens as usize),
+            lanes: match config.overlap {
+                Overlap::Off => 1,
+                Overlap::Streams | Overlap::DecodeSms(_) => 2,
+            },
+        })
+    }
+
+    /// Bytes of activations and of the state of sequences, roughly: to leave room for them. `scratch`:
+    /// see [`WeightPlan`].
+    pub(super) fn bytes(&self, model: &ModelConfig, config: &CudaConfig, scratch: usize) -> u64 {
+        let tokens = config.max_batch_tokens;
+        let shape = &self.attention.shape;
+        let lane = activation_estimate(model, tokens as usize, self.logit_tile, self.max_works)
+            + Arena::room_for::<bf16>(scratch)
+            + kv::unpacked_bytes(shape, self.max_seq_len, tokens);
+        self.lanes as u64 * lane + self.slots.bytes()
+    }
+}
+
+impl Plan {
+    fn new(
+        device: &Device,
+        model: &ModelConfig,
+        config: &CudaConfig,
+        weight_bytes: u64,
+        scratch: usize,
+    ) -> Result<Self, CudaError> {
+        let steps = StepPlan::new(model, config)?;
+        let step_bytes = steps.bytes(model, config, scratch);
+        let StepPlan {
+            attention,
+            max_seq_len,
+            slots: sizes,
+            splits,
+            max_works,
+            logit_tile,
+            lanes,
+        } = steps;
+        let (shape, slots, max_blocks) = (attention.shape, sizes.slots, sizes.max_blocks);
         let tokens = config.max_batch_tokens as usize;
         // Twice for layers with and without a window.
         let decode_works = max_works.max(slots * (2 + splits));
         let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works);
-        let logit_tile = LOGIT_TILE.min(tokens);
-        let lanes = match config.overlap {
-            Overlap::Off => 1,
-            Overlap::Streams | Overlap::DecodeSms(_) => 2,
-        };
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let activations = activation_estimate(model, tokens, logit_tile, max_works)
-                    + Arena::room_for::<bf16>(scratch)
-                    + kv::unpacked_bytes(&shape, max_seq_len, config.max_batch_tokens);
-                let steps = lanes as u64 * activations + sizes.bytes();
-                let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + steps);
+                let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + step_bytes);
                 left.ok_or(CudaError::NoKvCache {
                     usable: total,
                     weights: weight_bytes,
-                    steps,
+                    steps: step_bytes,
                     driver: DRIVER_RESERVE,
                     tokens: config.max_batch_tokens,
                     slots: config.slots,

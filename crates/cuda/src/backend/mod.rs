@@ -1,5 +1,6 @@
 //! The executor: weights, slots, lanes and the operations of a step.
 
+mod estimate;
 mod executor;
 mod graphs;
 mod kv;
@@ -12,5 +13,6 @@ mod ring;
 mod slots;
 mod step;
 
+pub use estimate::Estimate;
 pub use executor::{CudaConfig, CudaExecutor, Overlap};
 pub use loader::WeightFormat;
