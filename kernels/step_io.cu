@@ -7,6 +7,12 @@
 //
 // fetch_step: copies the description. Launch: any grid of 256 threads.
 //   from   the two buffers of the host, vectors of 16 bytes [n];  to  [n]
+// fetch_masks: waits until the host has written the step's masks, if it has any, and copies them. They may
+//   depend on the token before: the host writes them while the step's forward pass runs. Launch: any grid
+//   that fits on the GPU at once.
+//   description  begins with the step's ticket and the number of its masks
+//   from   the two buffers of the host: the ticket of the step whose masks follow at MASKS_AT, each of
+//          `words` words;  to  u32 [masks, words]
 // deliver_step: copies the results, then says that they are there. Launch: any grid of 256 threads.
 //   description  begins with the step's ticket
 //   to      the two buffers of the host: Done, then, at the given offsets, failed, chosen and tops
@@ -33,7 +39,7 @@ struct Results {
   uint32_t chosen_at, tops_at;  // bytes from the buffer's start, multiples of 16
 };
 
-constexpr uint32_t FAILED_AT = 256;
+constexpr uint32_t FAILED_AT = 256, MASKS_AT = 256;
 static_assert(MAX_TOP == 32, "a lane per alternative");
 
 __device__ __forceinline__ uint64_t device_clock() {
@@ -59,6 +65,25 @@ extern "C" __global__ void fetch_step(const uint4* from_even, const uint4* from_
   if (first == 0) turn->started = device_clock();
 #pragma unroll 4
   for (uint32_t i = first; i < n; i += gridDim.x * blockDim.x) to[i] = load_from_host(from + i);
+}
+
+extern "C" __global__ void fetch_masks(const uint64_t* __restrict__ description, const uint8_t* from_even,
+                                       const uint8_t* from_odd, uint32_t words, const Turn* turn, uint32_t* to) {
+  let_next_start();
+  wait_for_previous();
+  const uint32_t masks = uint32_t(description[1]);
+  if (masks == 0) return;
+  const uint8_t* const from = turn->steps % 2 == 0 ? from_even : from_odd;
+  if (threadIdx.x == 0) {
+    while (*reinterpret_cast<const volatile uint64_t*>(from) != description[0]) __nanosleep(500);
+    __threadfence_system();
+  }
+  __syncthreads();
+  const auto* const all = reinterpret_cast<const volatile uint32_t*>(from + MASKS_AT);
+#pragma unroll 4
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < masks * words; i += gridDim.x * blockDim.x) {
+    to[i] = all[i];
+  }
 }
 
 extern "C" __global__ void deliver_step(const uint64_t* __restrict__ description, Results which,

@@ -111,6 +111,7 @@ fn row(capacity: &Capacity, slot: u32, start: u32, input: Input) -> Row {
             }
         }),
         sample: true,
+        masked: false,
         prompt_logprobs: false,
     }
 }

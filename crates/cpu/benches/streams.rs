@@ -174,6 +174,7 @@ impl Bench {
             blocks: Arc::new(blocks.map(BlockId).collect()),
             local: local.unwrap_or_default(),
             sample: true,
+            masked: false,
             prompt_logprobs: false,
         }
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
+    TokenMask,
 };
 use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
@@ -12,6 +13,7 @@ use spate_types::Slot;
 use crate::common_key::common_keys;
 use crate::kv::{KvCache, KvDtype, KvPlan};
 use crate::linear::Isa;
+use crate::masks::Masks;
 use crate::ops::CpuOps;
 use crate::rope::Ropes;
 use crate::slots::SlotState;
@@ -67,9 +69,10 @@ impl CpuConfig {
 pub struct CpuExecutor {
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
-    next_ticket: u64,
     /// Dropped to end the thread.
     commands: Option<Sender<Command>>,
+    /// Dropped with them.
+    masks: Option<Sender<(Ticket, Vec<TokenMask>)>>,
     completions: Receiver<Result<Completion, String>>,
     thread: Option<JoinHandle<()>>,
     /// Why no completion will come any more.
@@ -111,7 +114,10 @@ impl CpuExecutor {
         };
         let kv = KvCache::new(&kv_plan)?;
         let (slots, tokens) = (config.slots as usize, config.max_batch_tokens as usize);
-        let mut ops = CpuOps::new(pool, &model, ropes, common_keys, kv, slots, tokens)?;
+        let (masks, inbox) = mpsc::channel();
+        let masks_inbox = Masks::new(inbox);
+        let sizes = [slots, tokens];
+        let mut ops = CpuOps::new(pool, &model, ropes, common_keys, kv, sizes, masks_inbox)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
@@ -124,13 +130,14 @@ impl CpuExecutor {
             transformer,
             step: Step::default(),
         };
-        Self::start(capacity, budget, worker)
+        Self::start(capacity, budget, worker, masks)
     }
 
     fn start(
         capacity: Capacity,
         budget: Vec<(&'static str, u64)>,
         worker: Worker,
+        masks: Sender<(Ticket, Vec<TokenMask>)>,
     ) -> Result<Self, CpuError> {
         let (commands, inbox) = mpsc::channel();
         let (outbox, completions) = mpsc::channel();
@@ -141,8 +148,8 @@ impl CpuExecutor {
         Ok(Self {
             contract: Contract::new(capacity),
             budget,
-            next_ticket: 0,
             commands: Some(commands),
+            masks: Some(masks),
             completions,
             thread: Some(thread),
             fatal: None,
@@ -182,11 +189,18 @@ impl Executor for CpuExecutor {
     }
 
     fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError> {
-        self.contract.submit(lane, &batch)?;
-        let ticket = Ticket(self.next_ticket);
+        let ticket = self.contract.submit(lane, &batch)?;
         self.send(Command::Run(ticket, batch))?;
-        self.next_ticket += 1;
         Ok(ticket)
+    }
+
+    fn mask(&mut self, ticket: Ticket, masks: Vec<TokenMask>) -> Result<(), ExecutorError> {
+        self.contract.mask(ticket, &masks)?;
+        let inbox = self.masks.as_ref();
+        match inbox.is_some_and(|inbox| inbox.send((ticket, masks)).is_ok()) {
+            true => Ok(()),
+            false => Err(self.fatal("the step thread has ended".into())),
+        }
     }
 
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
@@ -218,7 +232,7 @@ impl Executor for CpuExecutor {
 
 impl Drop for CpuExecutor {
     fn drop(&mut self) {
-        self.commands = None;
+        (self.commands, self.masks) = (None, None);
         if let Some(thread) = self.thread.take() {
             // It catches the panics of steps; there is nothing to learn from another.
             let _ = thread.join();
@@ -245,7 +259,7 @@ impl Worker {
                 }
                 Command::Run(ticket, batch) => {
                     let start = Instant::now();
-                    let outputs = catch_unwind(AssertUnwindSafe(|| self.step(batch)));
+                    let outputs = catch_unwind(AssertUnwindSafe(|| self.step(ticket, batch)));
                     let done = match outputs {
                         Ok(Ok(outputs)) => Ok(Completion {
                             ticket,
@@ -264,7 +278,7 @@ impl Worker {
         }
     }
 
-    fn step(&mut self, mut batch: Batch) -> Result<Vec<RowOutput>, CpuError> {
+    fn step(&mut self, ticket: Ticket, mut batch: Batch) -> Result<Vec<RowOutput>, CpuError> {
         for copy in batch.copies.drain(..) {
             self.ops.copy_block(copy, false);
         }
@@ -277,7 +291,7 @@ impl Worker {
             }
         }
         self.step
-            .fill(&batch, &self.ops.slots, &self.ops.ropes.rotations);
+            .fill(ticket, &batch, &self.ops.slots, &self.ops.ropes.rotations);
         let layers = 0..self.transformer.config().layers;
         self.transformer
             .forward(&mut self.ops, &mut self.step, layers)?;

@@ -12,6 +12,7 @@ mod estimate;
 mod executor;
 mod kv;
 pub mod linear;
+mod masks;
 mod math;
 mod ops;
 mod philox;

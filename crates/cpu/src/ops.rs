@@ -8,6 +8,7 @@ use crate::attention::Attention;
 use crate::common_key;
 use crate::kv::{KvCache, KvLine, KvPool};
 use crate::linear::{Isa, Scratch, linear};
+use crate::masks::Masks;
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
 use crate::rope::{NormRotate, Ropes};
@@ -42,6 +43,7 @@ pub(crate) struct CpuOps {
     /// `[LOGIT_TILE, vocab_size]`
     logits: Act,
     sampling: Vec<sampler::Scratch>,
+    masks: Masks,
 }
 
 /// Activations, `[tokens, width]`; those of a stacked matrix as [`Matrix`] says.
@@ -86,8 +88,8 @@ impl CpuOps {
         ropes: Ropes,
         common_keys: Vec<Vec<f32>>,
         kv: KvCache,
-        slots: usize,
-        max_tokens: usize,
+        [slots, max_tokens]: [usize; 2],
+        masks: Masks,
     ) -> Result<Self, CpuError> {
         let c = config;
         let widest = c.hidden.max(c.q_width()).max(c.ffn);
@@ -104,6 +106,7 @@ impl CpuOps {
             picked: Act::new(LOGIT_TILE, c.hidden)?,
             logits: Act::new(LOGIT_TILE, c.vocab_size)?,
             sampling: (0..LOGIT_TILE).map(|_| Default::default()).collect(),
+            masks,
             config: config.clone(),
         })
     }
@@ -343,6 +346,9 @@ impl Ops for CpuOps {
     }
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CpuError> {
+        if step.masks.len() < step.masked {
+            step.masks = self.masks.of(step.ticket)?;
+        }
         let wanted = tile_of(step, tile);
         let logits = self.logits.data.chunks_exact_mut(self.logits.width);
         let buffers = logits.zip(&mut self.sampling);
@@ -411,9 +417,10 @@ impl Choice<'_> {
             sampler::logprobs(isa, logits, target, k, scratch)
         });
         let position = step.positions[wanted.token] + 1;
+        let mask = wanted.mask.map(|mask| &*step.masks[mask]);
         let sampled = wanted
             .sample
-            .then(|| sampler::sample(isa, logits, slot, position, scratch));
+            .then(|| sampler::sample(isa, logits, slot, position, mask, scratch));
         *result = Some((logprobs, sampled));
     }
 }

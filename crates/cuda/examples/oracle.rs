@@ -36,6 +36,7 @@ fn main() -> Result<ExitCode> {
 }
 
 /// A random model of an architecture, with other weights for the value projection: the suite in every mode,
+/// then prompt logprobs of both backends.
 fn tiny(architecture: &'static str, [weights, value_weights]: [GgmlType; 2]) -> Result<bool> {
     let spec = TinyLlama {
         architecture,

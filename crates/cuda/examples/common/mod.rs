@@ -161,6 +161,7 @@ impl Sequence {
             blocks: self.blocks.clone(),
             local,
             sample: self.position as usize + input.len() >= self.prompt.len(),
+            masked: false,
             prompt_logprobs: input != Input::Last,
             input,
         }

@@ -78,6 +78,7 @@ impl Sequence {
             blocks: self.blocks.clone(),
             local: self.local.clone(),
             sample,
+            masked: false,
             prompt_logprobs: false,
         };
         self.len = row.end();

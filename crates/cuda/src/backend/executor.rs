@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use half::bf16;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
+    TokenMask,
 };
 use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
@@ -74,7 +75,6 @@ pub struct CudaExecutor {
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
     weight_formats: Vec<WeightFormat>,
-    next_ticket: u64,
     lanes: Vec<(LaneId, Lane)>,
     slots: Slots,
     /// Why no completion will come any more.
@@ -161,7 +161,6 @@ impl CudaExecutor {
             contract: Contract::new(plan.capacity(config)),
             budget,
             weight_formats: needs.formats,
-            next_ticket: 0,
             lanes,
             slots,
             fatal: None,
@@ -253,8 +252,7 @@ impl Executor for CudaExecutor {
         for bind in batch.rows.iter().filter_map(|row| row.bind.as_ref()) {
             Slots::check(bind).map_err(|e| ExecutorError::Rejected(e.to_string()))?;
         }
-        self.contract.submit(lane, &batch)?;
-        let ticket = Ticket(self.next_ticket);
+        let ticket = self.contract.submit(lane, &batch)?;
         let queued = self.device.bind().and_then(|()| {
             let beside = self
                 .lanes
@@ -267,8 +265,17 @@ impl Executor for CudaExecutor {
         if let Err(error) = queued {
             return Err(self.fatal(error.to_string()));
         }
-        self.next_ticket += 1;
         Ok(ticket)
+    }
+
+    fn mask(&mut self, ticket: Ticket, masks: Vec<TokenMask>) -> Result<(), ExecutorError> {
+        self.alive()?;
+        let id = self.contract.mask(ticket, &masks)?;
+        let lane = self.lanes.iter_mut().find(|(lane, _)| *lane == id);
+        if let Some((_, lane)) = lane {
+            lane.mask(ticket, &masks);
+        }
+        Ok(())
     }
 
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {

@@ -3,7 +3,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spate_executor::{Batch, Completion, Input, RowOutput, Ticket};
+use spate_executor::{Batch, Completion, Input, RowOutput, Ticket, TokenMask};
 use spate_model::{Transformer, Weights};
 use spate_types::{SampledToken, Slot};
 
@@ -50,6 +50,8 @@ struct InFlight {
     buffer: usize,
     rows: Vec<Slot>,
     wants: Vec<Want>,
+    /// Whether it waits for masks.
+    masked: bool,
     bucket: Option<usize>,
     submitted: Instant,
 }
@@ -191,6 +193,7 @@ impl Lane {
             buffer: self.ring.advance(),
             rows: batch.rows.iter().map(|row| row.slot).collect(),
             wants: self.step.wants.clone(),
+            masked: batch.rows.iter().any(|row| row.masked),
             bucket,
             submitted: Instant::now(),
         });
@@ -240,6 +243,15 @@ impl Lane {
         unsafe {
             self.ring
                 .deliver(&stream, &kernels.step_io, step.packed, &outcome)
+        }
+    }
+
+    /// Gives a step the masks that it waits for.
+    pub(crate) fn mask(&mut self, ticket: Ticket, masks: &[TokenMask]) {
+        let mut steps = self.in_flight.iter_mut();
+        if let Some(step) = steps.find(|step| step.ticket == ticket) {
+            step.masked = false;
+            self.ops.masks.give(step.buffer, ticket.0 + 1, masks);
         }
     }
 
@@ -309,6 +321,15 @@ impl Lane {
             ticket: done.ticket,
             outputs,
             busy,
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // The stream is drained next: nothing on it may wait for masks that never come.
+        for step in self.in_flight.iter().filter(|step| step.masked) {
+            self.ops.masks.give(step.buffer, step.ticket.0 + 1, &[]);
         }
     }
 }

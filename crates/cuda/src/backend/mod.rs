@@ -5,6 +5,7 @@ mod graphs;
 mod kv;
 mod lane;
 mod loader;
+mod masks;
 mod ops;
 mod packer;
 mod ring;

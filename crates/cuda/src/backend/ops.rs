@@ -6,6 +6,7 @@ use spate_model::{Activation, ModelConfig, Ops};
 
 use super::kv::{KvPools, Pool};
 use super::loader::{Matrix, Stored};
+use super::masks::Masks;
 use super::step::Step;
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
@@ -97,6 +98,7 @@ pub(crate) struct CudaOps {
     /// Room for a prompt.
     pub(crate) prompt: Slice<u32>,
     pub(crate) turn: Slice<Turn>,
+    pub(crate) masks: Masks,
     /// One per row.
     pub(crate) failed: Slice<u32>,
     /// `[2]` per wanted position, tile after tile.
@@ -132,6 +134,7 @@ impl Shared {
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
             + Arena::room_for::<u32>(self.max_seq_len)
             + Arena::room_for::<Turn>(1)
+            + Arena::room_for::<u32>(self.max_rows * Masks::words(self.config.vocab_size))
             + Arena::room_for::<u32>(self.max_rows)
             + Arena::room_for::<Chosen>(2 * n)
             + Arena::room_for::<Top>(2 * n * MAX_TOP)
@@ -157,12 +160,15 @@ impl CudaOps {
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
         let (prompt, turn) = (arena.take(shared.max_seq_len)?, arena.take(1)?);
+        let vocab = shared.config.vocab_size;
+        let masks = arena.take(shared.max_rows * Masks::words(vocab))?;
         let (failed, chosen) = (arena.take(shared.max_rows)?, arena.take(2 * n)?);
         let tops = arena.take(2 * n * MAX_TOP)?;
         // The attention's counters and the turn start at zero.
         // SAFETY: the arena is kept.
         unsafe { stream.fill(arena.whole(), 0)? };
         Ok(Self {
+            masks: Masks::new(arena.device(), vocab, masks)?,
             shared,
             stream: Arc::new(stream),
             arena,
@@ -439,13 +445,20 @@ impl Ops for CudaOps {
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CudaError> {
         let (s, range) = (&self.shared, self.tile(step, tile));
+        if tile == 0 {
+            // SAFETY: see above.
+            unsafe {
+                let io = &s.kernels.step_io;
+                self.masks.fetch(&self.stream, io, step.packed, self.turn)?;
+            }
+        }
         let results = 2 * range.start..2 * range.end;
         let tile = SampleTile {
             logits: self.logits,
             stride: s.padded_vocab(),
             vocab: s.config.vocab_size,
             wants: step.wants.range(range),
-            masks: Slice::null(),
+            masks: self.masks.on_device(),
             failed: self.failed,
             chosen: self.chosen.range(results.clone()),
             tops: self

@@ -12,6 +12,8 @@ use crate::kernels::{Attention, AttentionStep, LAST, NONE, NOWHERE, Sequence, Wa
 pub(crate) struct HostStep {
     /// What its completion is known by: not 0.
     pub(crate) ticket: u64,
+    /// How many masks it waits for.
+    masks: u32,
     /// Token ids, or [`LAST`] and a slot.
     tokens: Vec<u32>,
     positions: Vec<u32>,
@@ -101,6 +103,7 @@ pub(crate) struct LocalTables {
 impl HostStep {
     pub(crate) fn clear(&mut self) {
         self.ticket = 0;
+        self.masks = 0;
         self.tokens.clear();
         self.positions.clear();
         self.places.clear();
@@ -175,13 +178,16 @@ impl HostStep {
             let sample = row.sample && next == row.end();
             if target.is_some() || sample {
                 self.picks.push(first + position - row.start);
+                let masked = sample && row.masked;
                 self.wants.push(Want {
+                    mask: if masked { self.masks } else { NONE },
                     slot: row.slot.0,
                     row: index,
                     position: next,
                     target: target.copied().unwrap_or(NONE),
                     sample: sample.into(),
                 });
+                self.masks += u32::from(masked);
             }
         }
     }
@@ -255,6 +261,7 @@ impl HostStep {
                 position: 0,
                 target: NONE,
                 sample: 0,
+                mask: NONE,
             });
         }
         self.words.resize(words_room(rows), NOWHERE);
@@ -269,8 +276,8 @@ impl HostStep {
 
     /// Packs everything for the GPU. `tables`: block tables of all slots.
     pub(crate) fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<Step, CudaError> {
-        // The results' delivery looks for the ticket at the start.
-        packer.put(&[self.ticket])?;
+        // The kernels of step_io.cu look for these at the start.
+        packer.put(&[self.ticket, u64::from(self.masks)])?;
         let mut step = Step {
             packed: Slice::null(),
             tokens: packer.put(&self.tokens)?,

@@ -265,6 +265,22 @@ impl Pinned<u8> {
         unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) }
     }
 
+    /// Writes an element of another type that a kernel may be reading meanwhile, after all that was written
+    /// before.
+    ///
+    /// # Panics
+    /// If it is not inside or not aligned.
+    pub fn poke<T: Plain>(&mut self, at: usize, value: T) {
+        let inside = at.checked_add(size_of::<T>());
+        assert!(inside.is_some_and(|end| end <= self.len));
+        // SAFETY: inside the allocation.
+        let to = unsafe { self.data.add(at) }.cast::<T>();
+        assert!(to.is_aligned());
+        atomic::fence(atomic::Ordering::Release);
+        // SAFETY: inside and aligned.
+        unsafe { to.write_volatile(value) };
+    }
+
     /// An element of another type that a kernel may be writing meanwhile, as it is now.
     ///
     /// # Panics

@@ -37,7 +37,7 @@ pub use sample::{
     Top, Want,
 };
 pub use scatter::Scatter;
-pub use step_io::{Delivery, Done, FAILED_AT, RING, StepIo, Turn};
+pub use step_io::{Delivery, Done, FAILED_AT, MASKS_AT, RING, StepIo, Turn};
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {

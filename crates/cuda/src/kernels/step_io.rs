@@ -10,6 +10,12 @@ pub const FAILED_AT: usize = 256;
 
 const THREADS: u32 = 256;
 
+/// Few: they occupy the GPU while they wait.
+const MASK_BLOCKS: u32 = 8;
+
+/// Byte of a host buffer of masks at which they begin; the ticket of their step lies before them.
+pub const MASKS_AT: usize = 256;
+
 /// What the GPU counts; zero at first.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -72,6 +78,7 @@ unsafe impl Plain for Results {}
 /// A step's way to the GPU and back.
 pub struct StepIo {
     fetch: Kernel,
+    fetch_masks: Kernel,
     deliver: Kernel,
 }
 
@@ -84,6 +91,7 @@ impl StepIo {
         let module = Module::load(device, &image!("step_io"))?;
         Ok(Self {
             fetch: module.kernel(c"fetch_step")?,
+            fetch_masks: module.kernel(c"fetch_masks")?,
             deliver: module.kernel(c"deliver_step")?,
         })
     }
@@ -116,6 +124,32 @@ impl StepIo {
             self.fetch
                 .launch(stream, shape, &(even, odd, vectors, turn, to))
         }
+    }
+
+    /// Waits for the step's masks in the host's buffer whose turn it is, and copies them. `description`
+    /// begins with the step's ticket and the number of its masks, each of so many words.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// All memory is alive, and what was written to the buffer unchanged, until the kernel has run; there
+    /// is room for the masks.
+    pub unsafe fn fetch_masks(
+        &self,
+        stream: &Stream,
+        description: Slice<u64>,
+        from: [Slice<u8>; RING],
+        words: usize,
+        turn: Slice<Turn>,
+        to: Slice<u32>,
+    ) -> Result<(), CudaError> {
+        assert!(description.len() >= 2 && turn.len() == 1);
+        let [even, odd] = from;
+        let arguments = (description, even, odd, words as u32, turn, to);
+        let shape = Shape::new(MASK_BLOCKS, THREADS);
+        // SAFETY: as above.
+        unsafe { self.fetch_masks.launch(stream, shape, &arguments) }
     }
 
     /// Copies the results to the host's buffer whose turn it is, says so there, and gives the turn to
