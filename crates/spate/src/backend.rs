@@ -127,13 +127,15 @@ pub(crate) fn cpu_config(settings: &Settings) -> Result<CpuConfig> {
 /// The settings of the CUDA backend.
 pub(crate) fn cuda_config(settings: &Settings, device: u32) -> Result<CudaConfig> {
     let sizes = Sizes::on_gpu(settings);
-    match settings.kv_cache_dtype {
-        KvCacheDtype::Auto | KvCacheDtype::Bf16 => {}
+    let kv_dtype = match settings.kv_cache_dtype {
+        KvCacheDtype::Auto | KvCacheDtype::Bf16 => spate_cuda::KvDtype::Bf16,
+        KvCacheDtype::Int8 => spate_cuda::KvDtype::Int8,
+        KvCacheDtype::Fp8 => spate_cuda::KvDtype::Fp8,
         other => bail!(
-            "kv_cache_dtype {} is not for GPUs: they have bf16",
+            "kv_cache_dtype {} is not for GPUs: they have bf16, int8 and fp8",
             other.name()
         ),
-    }
+    };
     let overlap = match settings.overlap {
         None | Some(Overlap::Off) => spate_cuda::Overlap::Off,
         Some(Overlap::Streams) => spate_cuda::Overlap::Streams,
@@ -143,6 +145,7 @@ pub(crate) fn cuda_config(settings: &Settings, device: u32) -> Result<CudaConfig
         device,
         block_size: sizes.block_size,
         kv_cache_bytes: sizes.kv_cache_memory,
+        kv_dtype,
         memory_utilization: settings.gpu_memory_utilization,
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: sizes.max_num_seqs,

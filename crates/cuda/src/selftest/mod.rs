@@ -6,6 +6,7 @@
 
 mod attention;
 mod elementwise;
+mod kv;
 mod lab;
 mod linear;
 mod packed;
@@ -30,10 +31,14 @@ const CHECKS: &[(&str, Check)] = &[
     ("packed", packed::packed),
     ("small products", linear::small),
     ("small packed products", packed::small),
-    ("attention", attention::attention),
+    ("attention 64", attention::attention::<64>),
+    ("attention 96", attention::attention::<96>),
+    ("attention 128", attention::attention::<128>),
+    ("attention 256", attention::attention::<256>),
     ("speed: matrices", linear::throughput),
     ("speed: quantised", packed::throughput),
     ("speed: heads", attention::throughput),
+    ("speed: heads, 8-bit KV", attention::packed_throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
