@@ -28,10 +28,20 @@ pub(super) struct TileSweep<'a, const BITS: u32, const GROUP: usize, const MIN: 
 struct Buffers {
     /// Weights as signed bytes, four columns to a line.
     q: [[Line; CHUNK / 4]; SHARE],
-    /// Outputs so far, `TOKENS` of each panel.
+    /// Outputs of each panel so far, while there are more columns to come.
     out: [[[F32x16; TILE_TOKENS]; TOKENS / TILE_TOKENS]; SHARE],
     /// Sums over a group, and over the next one, that the matrix unit works on meanwhile.
     sums: [[I32x16; TILE_TOKENS]; 2],
+}
+
+/// Columns of a panel and of a tile of tokens that are multiplied in one go.
+struct Part<'a> {
+    panel: usize,
+    /// First of the panel's groups.
+    start: usize,
+    /// First token.
+    token: usize,
+    x: &'a [ActTile],
 }
 
 impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileKernel
@@ -46,78 +56,80 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileKernel
         };
         let (panels, m) = (&self.sweep.panels, self.sweep.m);
         for first in (0..m).step_by(TOKENS) {
-            let tokens = TOKENS.min(m - first);
             for panel in panels.clone().step_by(SHARE) {
                 let share = SHARE.min(panels.end - panel);
-                self.products(v, tiles, (panel, share), (first, tokens), &mut buffers);
-                for t in 0..tokens {
-                    for i in 0..share {
-                        let out = &buffers.out[i][t / TILE_TOKENS][t % TILE_TOKENS];
-                        self.sweep.store(panel + i, first + t, &out.0);
-                    }
-                }
+                self.products(v, tiles, (panel, share), first, &mut buffers);
             }
         }
     }
 }
 
 impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, GROUP, MIN> {
-    /// The outputs of `share` panels from `panel` on for `tokens` from `first` on.
+    /// The outputs of `share` panels from `panel` on for `TOKENS` tokens from `first` on.
     #[inline(always)]
     fn products<V: Lanes>(
         &self,
         v: V,
         tiles: &Tiles,
         (panel, share): (usize, usize),
-        (first, tokens): (usize, usize),
+        first: usize,
         buffers: &mut Buffers,
     ) {
-        let Buffers { q, out, sums } = buffers;
         let groups = self.times.groups();
         let blocks = groups * GROUP / BLOCK;
-        out.fill([[ZERO; TILE_TOKENS]; TOKENS / TILE_TOKENS]);
+        let end = self.sweep.m.min(first + TOKENS);
         for start in (0..groups).step_by(CHUNK / GROUP) {
             let count = (CHUNK / GROUP).min(groups - start);
-            for (i, q) in q[..share].iter_mut().enumerate() {
+            for (i, q) in buffers.q[..share].iter_mut().enumerate() {
                 let group = (panel + i) * groups + start;
                 for (g, q) in q.chunks_exact_mut(GROUP / 4).take(count).enumerate() {
                     self.times.unpack(v, group + g, q);
                 }
             }
-            for tile in 0..tokens.div_ceil(TILE_TOKENS) {
-                let x = (first / TILE_TOKENS + tile) * blocks + start * GROUP / BLOCK;
+            for (tile, token) in (first..end).step_by(TILE_TOKENS).enumerate() {
+                let x = token / TILE_TOKENS * blocks + start * GROUP / BLOCK;
                 let x = &self.x[x..][..count * GROUP / BLOCK];
                 for i in 0..share {
-                    let group = (panel + i) * groups + start;
-                    let (q, out) = (&q[i], &mut out[i][tile]);
-                    if tokens - tile * TILE_TOKENS > TILE_TOKENS / 2 {
-                        self.add::<V, TILE_TOKENS>(v, tiles, group, x, q, sums, out);
+                    let panel = panel + i;
+                    let part = Part {
+                        panel,
+                        start,
+                        token,
+                        x,
+                    };
+                    let (q, out, sums) =
+                        (&buffers.q[i], &mut buffers.out[i][tile], &mut buffers.sums);
+                    if end - token > TILE_TOKENS / 2 {
+                        self.add::<V, TILE_TOKENS>(v, tiles, part, q, out, sums);
                     } else {
-                        self.add::<V, { TILE_TOKENS / 2 }>(v, tiles, group, x, q, sums, out);
+                        self.add::<V, { TILE_TOKENS / 2 }>(v, tiles, part, q, out, sums);
                     }
                 }
             }
         }
     }
 
-    /// Adds the products of a panel's groups, from `group` on, to the outputs of the first `T` tokens
-    /// of a tile.
+    /// Adds the products of a part to the outputs of the first `T` tokens of its tile.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     fn add<V: Lanes, const T: usize>(
         &self,
         v: V,
         tiles: &Tiles,
-        group: usize,
-        x: &[ActTile],
+        Part {
+            panel,
+            start,
+            token,
+            x,
+        }: Part<'_>,
         q: &[Line],
-        sums: &mut [[I32x16; TILE_TOKENS]; 2],
         out: &mut [F32x16; TILE_TOKENS],
+        sums: &mut [[I32x16; TILE_TOKENS]; 2],
     ) {
-        // Loops are written out: closures are compiled without the instruction set.
         let mut acc = [v.splat(0.0); T];
-        for t in 0..T {
-            acc[t] = v.load(&out[t]);
+        if start > 0 {
+            for t in 0..T {
+                acc[t] = v.load(&out[t]);
+            }
         }
         let per_block = BLOCK / GROUP;
         let groups = x.len() * per_block;
@@ -132,16 +144,20 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, G
                 for t in 0..T {
                     dots[t] = v.load_i(&sums[g % 2][t]);
                 }
-                let part = g % per_block;
-                let scales = TileScales(
-                    &x[g / per_block],
-                    PackedTimes::<BITS, GROUP, MIN>::span(part),
-                );
-                self.times.add(v, group + g, &dots, scales, &mut acc);
+                let span = PackedTimes::<BITS, GROUP, MIN>::span(g % per_block);
+                let scales = TileScales(&x[g / per_block], span);
+                let group = panel * self.times.groups() + start + g;
+                self.times.add(v, group, &dots, scales, &mut acc);
             }
         }
-        for t in 0..T {
-            out[t] = v.store(acc[t]);
+        if start + groups < self.times.groups() {
+            for t in 0..T {
+                out[t] = v.store(acc[t]);
+            }
+        } else {
+            for t in 0..T.min(self.sweep.m - token) {
+                self.sweep.store(panel, token + t, &v.store(acc[t]).0);
+            }
         }
     }
 }
