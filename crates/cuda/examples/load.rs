@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, KvDtype, Overlap};
 use spate_model::{Checkpoint, DummyModel, HfDirectory, HfModel, TensorInfo};
 
 /// Tensors of a shard.
@@ -48,6 +48,7 @@ fn main() -> Result<()> {
 
 fn report(what: &str, model: &dyn Checkpoint) -> Result<()> {
     let config = CudaConfig {
+        kv_dtype: KvDtype::Bf16,
         device: 0,
         block_size: 16,
         kv_cache_bytes: Some(1 << 30),
