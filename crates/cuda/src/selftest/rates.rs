@@ -8,8 +8,8 @@ use crate::{CudaError, Linear};
 /// What a GPU was seen to do, per second.
 #[derive(Debug, Clone, Copy)]
 pub struct Rates {
-    /// Bytes that a copy within its memory reads and writes.
-    pub copy: f64,
+    /// Bytes of weights that a single token's product reads.
+    pub read: f64,
     /// Multiplications and additions of a large matrix product in bfloat16.
     pub matrix: f64,
     /// Bytes from page-locked memory of the host to the GPU.
@@ -18,8 +18,9 @@ pub struct Rates {
     pub download: f64,
 }
 
-/// Bytes of a copy: more than any L2 cache holds.
-const COPY: usize = 512 << 20;
+/// Outputs of a single token's product: a gibibyte of weights, more than any L2 cache holds.
+const TALL: usize = 131_072;
+const INPUTS: usize = 4096;
 
 /// Bytes between host and GPU.
 const TRANSFER: usize = 64 << 20;
@@ -35,26 +36,28 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
     let mut lab = Lab::new(device, 1)?;
     let rate = |amount: usize, seconds: f64| amount as f64 / seconds;
 
-    let (from, to) = (lab.output::<u8>(COPY)?.slice, lab.output::<u8>(COPY)?.slice);
-    // Not in a graph, where a copy engine does it, more slowly than kernels read and write.
-    // SAFETY: both lie in the lab's arena, which is alive.
-    let copy = fastest(&lab, || unsafe { lab.stream.copy(from, to) })?;
+    let linear = Linear::load(device, Path::best(device))?;
+    let product = |lab: &mut Lab, tokens: usize, outputs: usize, inputs: usize| {
+        Ok::<_, CudaError>(Product {
+            tokens,
+            outputs,
+            inputs,
+            x: lab.random_bf16s(tokens * inputs)?,
+            weights: lab.random_bf16s(outputs * inputs)?,
+            fresh_weights: false,
+            stride: outputs,
+            bias: None,
+            out: Output::Bf16(lab.output::<bf16>(tokens * outputs)?.slice),
+        })
+    };
+    let tall = product(&mut lab, 1, TALL, INPUTS)?;
+    // SAFETY: the arena is alive; the weights were waited for.
+    let read = lab.time(|stream| unsafe { linear.launch(stream, &tall) })?;
     lab.clear()?;
 
-    let linear = Linear::load(device, Path::best(device))?;
-    let product = Product {
-        tokens: SIDE,
-        outputs: SIDE,
-        inputs: SIDE,
-        x: lab.random_bf16s(SIDE * SIDE)?,
-        weights: lab.random_bf16s(SIDE * SIDE)?,
-        fresh_weights: false,
-        stride: SIDE,
-        bias: None,
-        out: Output::Bf16(lab.output::<bf16>(SIDE * SIDE)?.slice),
-    };
-    // SAFETY: the arena is alive; the weights were waited for.
-    let matrix = lab.time(|stream| unsafe { linear.launch(stream, &product) })?;
+    let square = product(&mut lab, SIDE, SIDE, SIDE)?;
+    // SAFETY: as above.
+    let matrix = lab.time(|stream| unsafe { linear.launch(stream, &square) })?;
     lab.clear()?;
 
     let mut host = Pinned::<u8>::new(device, TRANSFER)?;
@@ -64,7 +67,7 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
     // SAFETY: as above.
     let down = fastest(&lab, || unsafe { lab.stream.download(there, &mut host) })?;
     Ok(Rates {
-        copy: rate(2 * COPY, copy),
+        read: rate(2 * TALL * INPUTS, read.as_secs_f64()),
         matrix: rate(2 * SIDE * SIDE * SIDE, matrix.as_secs_f64()),
         upload: rate(TRANSFER, up),
         download: rate(TRANSFER, down),
