@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result, bail};
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor, driver};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, WeightFormat, driver};
 use spate_executor::Executor;
-use spate_model::Checkpoint;
+use spate_model::{Checkpoint, GgmlType};
 
+use crate::settings::units::format_size;
 use crate::settings::{self, Device, KvCacheDtype, Overlap, Settings, Sizes};
 
 /// What runs models on this machine.
@@ -23,6 +24,8 @@ pub(crate) struct Loaded {
     pub(crate) sizes: Sizes,
     /// The backend, the device, what is chosen by its abilities.
     pub(crate) description: String,
+    /// The formats of the weights, where the device decides what becomes of them.
+    pub(crate) weights: Option<String>,
     /// Part and bytes.
     pub(crate) memory: Vec<(&'static str, u64)>,
     /// Memory of the device, if it has its own.
@@ -73,6 +76,7 @@ impl Backend {
                     device: "cpu".into(),
                     sizes: self.sizes(settings),
                     description: describe_cpu(settings, &executor),
+                    weights: None,
                     memory: executor.memory_budget(),
                     device_memory: None,
                     executor: Box::new(executor),
@@ -85,6 +89,7 @@ impl Backend {
                     device: format!("cuda:{number}"),
                     sizes: self.sizes(settings),
                     description: describe_gpu(*number, device),
+                    weights: Some(describe_weights(executor.weight_formats())),
                     memory: executor.memory_budget(),
                     device_memory: Some(device.total_bytes()),
                     executor: Box::new(executor),
@@ -178,6 +183,26 @@ fn describe_cpu(settings: &Settings, executor: &CpuExecutor) -> String {
     format!("CPU, {mode}, {}, {threads} threads", executor.simd())
 }
 
+/// `Q4_1 84.4 MiB, Q8_0 28.7 MiB; as bfloat16: F16 1.00 MiB`
+fn describe_weights(formats: &[WeightFormat]) -> String {
+    let list = |stay: bool| {
+        let these = formats
+            .iter()
+            .filter(|format| stays_as_it_is(format) == stay);
+        let words = these.map(|f| format!("{} {}", f.file.name(), format_size(f.bytes)));
+        words.collect::<Vec<_>>().join(", ")
+    };
+    match (list(true), list(false)) {
+        (stay, other) if other.is_empty() => stay,
+        (stay, other) if stay.is_empty() => format!("as bfloat16: {other}"),
+        (stay, other) => format!("{stay}; as bfloat16: {other}"),
+    }
+}
+
+fn stays_as_it_is(format: &WeightFormat) -> bool {
+    format.quantized || format.file == GgmlType::BF16
+}
+
 fn describe_gpu(number: u32, device: &driver::Device) -> String {
     let (major, minor) = device.capability();
     let driver = device.driver_version();
@@ -188,4 +213,32 @@ fn describe_gpu(number: u32, device: &driver::Device) -> String {
         driver / 1000,
         driver % 1000 / 10
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_of_weights() {
+        let format = |file, quantized| WeightFormat {
+            file,
+            quantized,
+            bytes: 1 << 20,
+        };
+        let [q4, f16, bf16] = [
+            format(GgmlType::Q4_1, true),
+            format(GgmlType::F16, false),
+            format(GgmlType::BF16, false),
+        ];
+        assert_eq!(
+            describe_weights(&[q4, f16]),
+            "Q4_1 1.00 MiB; as bfloat16: F16 1.00 MiB"
+        );
+        assert_eq!(
+            describe_weights(&[q4, bf16]),
+            "Q4_1 1.00 MiB, BF16 1.00 MiB"
+        );
+        assert_eq!(describe_weights(&[f16]), "as bfloat16: F16 1.00 MiB");
+    }
 }

@@ -51,6 +51,9 @@ impl Banner<'_> {
         );
         line("file", summary.path.display().to_string());
         line("backend", summary.backend.clone());
+        if let Some(weights) = &summary.weights {
+            line("weights", weights.clone());
+        }
         for (i, (part, bytes)) in summary.memory.iter().enumerate() {
             let name = if i == 0 { "memory" } else { "" };
             line(name, format!("{part:<14}{:>10}", format_size(*bytes)));

@@ -27,6 +27,8 @@ pub(crate) struct Summary {
     pub(crate) has_template: bool,
     /// The backend and its device.
     pub(crate) backend: String,
+    /// The formats of the weights, where the device decides what becomes of them.
+    pub(crate) weights: Option<String>,
     /// Part and bytes.
     pub(crate) memory: Vec<(&'static str, u64)>,
     /// Memory of the device, if it has its own.
@@ -83,6 +85,7 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         device,
         sizes,
         description,
+        weights,
         memory,
         device_memory,
     } = loaded;
@@ -108,6 +111,7 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         architecture: config.architecture,
         has_template: text.template.is_some(),
         backend: description,
+        weights,
         memory: memory.clone(),
         device_memory,
         capacity,
