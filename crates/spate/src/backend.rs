@@ -88,7 +88,11 @@ impl Backend {
                 Ok(Loaded {
                     device: format!("cuda:{number}"),
                     sizes: self.sizes(settings),
-                    description: describe_gpu(*number, device),
+                    description: format!(
+                        "{}, overlap {}",
+                        describe_gpu(*number, device),
+                        overlap(settings, device)
+                    ),
                     weights: Some(describe_weights(executor.weight_formats())),
                     memory: executor.memory_budget(),
                     device_memory: Some(device.total_bytes()),
@@ -145,11 +149,10 @@ pub(crate) fn cuda_config(
             other.name()
         ),
     };
-    let overlap = match settings.overlap {
-        None => usual_overlap(device),
-        Some(Overlap::Off) => spate_cuda::Overlap::Off,
-        Some(Overlap::Streams) => spate_cuda::Overlap::Streams,
-        Some(Overlap::DecodeSms(sms)) => spate_cuda::Overlap::DecodeSms(sms),
+    let overlap = match overlap(settings, device) {
+        Overlap::Off => spate_cuda::Overlap::Off,
+        Overlap::Streams => spate_cuda::Overlap::Streams,
+        Overlap::DecodeSms(sms) => spate_cuda::Overlap::DecodeSms(sms),
     };
     Ok(CudaConfig {
         device: number,
@@ -165,13 +168,15 @@ pub(crate) fn cuda_config(
     })
 }
 
-/// What `auto` is. On an H100 a long prompt then holds streams up for a hundredth of a second and not
-/// for a fifth, at no cost in throughput (`benches/RESULTS.md`); on other GPUs it was not measured.
-fn usual_overlap(device: &driver::Device) -> spate_cuda::Overlap {
-    match (device.capability(), device.sms()) {
-        ((9, 0), 100..) => spate_cuda::Overlap::DecodeSms(24),
-        _ => spate_cuda::Overlap::Off,
-    }
+/// What was set, or what is best here. With `decode_sms=24` a long prompt on an H100 holds streams up
+/// for a sixtieth of a second and not for a fifth, at next to no cost in throughput
+/// (`benches/RESULTS.md`); on other GPUs that was not measured.
+fn overlap(settings: &Settings, device: &driver::Device) -> Overlap {
+    let usual = match (device.capability(), device.sms()) {
+        ((9, 0), 100..) => Overlap::DecodeSms(24),
+        _ => Overlap::Off,
+    };
+    settings.overlap.unwrap_or(usual)
 }
 
 fn describe_cpu(settings: &Settings, executor: &CpuExecutor) -> String {
