@@ -46,8 +46,17 @@ fn main() -> Result<()> {
         max_batch_tokens: options.prompt.max(options.streams),
     };
     let estimate = Estimate::new(&gguf, &config)?;
-    let kv = estimate.kv_cache(options.streams, options.prompt + options.output)?;
-    config.kv_cache_bytes = kv.bytes();
+    // Nothing is given up behind a window here: that takes more than so many sequences need.
+    for streams in options.streams.. {
+        let kv = estimate.kv_cache(streams, options.prompt + options.output)?;
+        config.kv_cache_bytes = kv.bytes;
+        if kv
+            .local
+            .is_none_or(|(local, _)| local >= options.streams * blocks)
+        {
+            break;
+        }
+    }
     let mut bench = Bench {
         executor: CpuExecutor::load(&gguf, &config, &mut |_| {})?,
         blocks,
@@ -145,6 +154,14 @@ impl Bench {
 
     fn row(&self, slot: u32, start: u32, input: Input) -> Row {
         let blocks = slot * self.blocks..(slot + 1) * self.blocks;
+        let local = self.executor.capacity().local.map(|local| {
+            let first = local.first_seen(start, BLOCK);
+            let seen = blocks.clone().skip(first as usize).map(BlockId);
+            LocalBlocks {
+                first,
+                blocks: Arc::new(seen.collect()),
+            }
+        });
         Row {
             slot: Slot(slot),
             bind: (start == 0).then(|| Bind {
@@ -155,7 +172,7 @@ impl Bench {
             start,
             input,
             blocks: Arc::new(blocks.map(BlockId).collect()),
-            local: LocalBlocks::default(),
+            local: local.unwrap_or_default(),
             sample: true,
             masked: false,
             prompt_logprobs: false,

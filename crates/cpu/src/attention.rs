@@ -13,6 +13,7 @@
 //!
 //! Loops over vectors are written out: closures, which `map` and `from_fn` take, are compiled without
 //! the instruction set and so not inlined.
+#![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
@@ -139,11 +140,11 @@ impl<C: KvLine> Attention<'_, C> {
                 oldest(n).saturating_sub(start).min(end)..end
             });
             let weights = queries.weights(v, dim / TILE, scores, &seen);
-            if seen[0].end == TILE && seen[N - 1].start == 0 {
-                queries.add(v, values, dim / TILE, &weights);
-            } else {
-                queries.add_seen(v, values, dim / TILE, &weights, &seen);
-            }
+            // Later queries see no less at the end, earlier ones no less at the start.
+            let shared = seen[N - 1].start..seen[0].end.max(seen[N - 1].start);
+            queries.add_own(v, values, dim / TILE, &weights, &seen, 0..shared.start);
+            queries.add(v, values, dim / TILE, &weights, shared.clone());
+            queries.add_own(v, values, dim / TILE, &weights, &seen, shared.end..TILE);
         }
         for n in 0..N {
             let start = self.offset(first + n);
@@ -196,14 +197,13 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
             if seen[n].is_empty() {
                 continue;
             }
-            weights[n] = v.store(scores[n]);
-            let scores = &mut weights[n].0;
+            let mut own = v.store(scores[n]);
             if seen[n] != (0..TILE) {
                 // What lies outside may be another sequence's leftovers.
-                scores[..seen[n].start].fill(f32::NEG_INFINITY);
-                scores[seen[n].end..].fill(f32::NEG_INFINITY);
+                own.0[..seen[n].start].fill(f32::NEG_INFINITY);
+                own.0[seen[n].end..].fill(f32::NEG_INFINITY);
             }
-            let max = fold(scores, f32::max).max(self.max[n]);
+            let max = v.fold_max(v.load(&own)).max(self.max[n]);
             if max != self.max[n] {
                 let change = exp(self.max[n] - max);
                 self.sum[n] *= change;
@@ -212,15 +212,16 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
                 }
                 self.max[n] = max;
             }
-            for score in &mut *scores {
+            for score in &mut own.0 {
                 *score = exp(*score - max);
             }
-            self.sum[n] += fold(scores, |a, b| a + b);
+            self.sum[n] += v.fold_add(v.load(&own));
+            weights[n] = own;
         }
         weights
     }
 
-    /// Adds the weighted values of a tile that all queries see.
+    /// Adds the weighted values of positions of a tile that all queries see.
     #[inline(always)]
     fn add<V: Lanes, C: KvLine>(
         &mut self,
@@ -228,6 +229,7 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
         values: Tile<'_, C>,
         lines: usize,
         weights: &[F32x16; N],
+        positions: Range<usize>,
     ) {
         let mut scaled = *weights;
         for line in 0..lines {
@@ -241,9 +243,8 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
             for n in 0..N {
                 sums[n] = v.load(&self.acc[n][line]);
             }
-            let column = values.lines[line..].iter().step_by(lines);
-            for (position, value) in column.enumerate() {
-                let value = value.load(v);
+            for position in positions.clone() {
+                let value = values.lines[position * lines + line].load(v);
                 for n in 0..N {
                     sums[n] = v.mul_add(v.splat(scaled[n].0[position]), value, sums[n]);
                 }
@@ -254,19 +255,20 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
         }
     }
 
-    /// The same for a tile at an end of what they see. A weight of 0 is not enough there: leftovers
-    /// may be infinite.
+    /// The same for positions at an end of what they see: each query adds what it sees itself. A
+    /// weight of 0 is not enough for the rest: leftovers may be infinite.
     #[inline(always)]
-    fn add_seen<V: Lanes, C: KvLine>(
+    fn add_own<V: Lanes, C: KvLine>(
         &mut self,
         v: V,
         values: Tile<'_, C>,
         lines: usize,
         weights: &[F32x16; N],
         seen: &[Range<usize>; N],
+        positions: Range<usize>,
     ) {
         for n in 0..N {
-            for position in seen[n].clone() {
+            for position in seen[n].start.max(positions.start)..seen[n].end.min(positions.end) {
                 let own = &values.lines[position * lines..][..lines];
                 for (line, (acc, value)) in self.acc[n].iter_mut().zip(own).enumerate() {
                     let weight = weights[n].0[position] * values.scale(line, position);
@@ -275,16 +277,4 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
             }
         }
     }
-}
-
-/// Halves against halves: a fixed order that takes few steps.
-#[inline(always)]
-fn fold(values: &[f32; TILE], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut values = *values;
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            values[i] = f(values[i], values[i + half]);
-        }
-    }
-    values[0]
 }

@@ -21,17 +21,12 @@ pub struct Estimate {
 /// A KV cache with room for given sequences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvEstimate {
+    /// What [`CpuConfig::kv_cache_bytes`] must be; at most a block more than the pools take.
+    pub bytes: u64,
     /// Blocks and bytes of the pool that every sequence fills.
     pub main: (u32, u64),
     /// The same of the pool for layers with a sliding window, if they get one.
     pub local: Option<(u32, u64)>,
-}
-
-impl KvEstimate {
-    /// What [`CpuConfig::kv_cache_bytes`] must be.
-    pub fn bytes(&self) -> u64 {
-        self.main.1 + self.local.map_or(0, |(_, bytes)| bytes)
-    }
 }
 
 impl Estimate {
@@ -67,8 +62,9 @@ impl Estimate {
     /// When they are more than any cache can hold.
     pub fn kv_cache(&self, sequences: u32, tokens: u32) -> Result<KvEstimate, CpuError> {
         let load = (sequences, tokens);
-        let plan = KvPlan::for_load(&self.model, &self.config, self.max_seq_len, load)?;
+        let (plan, bytes) = KvPlan::for_load(&self.model, &self.config, self.max_seq_len, load)?;
         Ok(KvEstimate {
+            bytes,
             main: plan.main_pool(),
             local: plan.local_pool(),
         })
@@ -83,5 +79,5 @@ fn activations(c: &ModelConfig, tokens: u64) -> u64 {
     let step = 3 * hidden + (q + 2 * kv) + q + 3 * ffn;
     let logits = LOGIT_TILE as u64 * (hidden + vocab);
     let widest = hidden.max(q).max(ffn);
-    (tokens * step + logits) * float + Scratch::bytes_for(tokens * widest)
+    (tokens * step + logits) * float + Scratch::bytes_for(tokens as usize, widest as usize)
 }

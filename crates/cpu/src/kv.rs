@@ -106,6 +106,7 @@ struct Vectors<C> {
 }
 
 /// The keys or the values of sixteen positions.
+#[derive(Clone, Copy)]
 pub(crate) struct Tile<'a, C> {
     /// `[element][position]` of keys, `[position][element]` of values.
     pub(crate) lines: &'a [C],

@@ -7,7 +7,7 @@ use spate_types::{Logprobs, SampledToken};
 use crate::attention::Attention;
 use crate::common_key;
 use crate::kv::{KvCache, KvLine, KvPool};
-use crate::linear::{Isa, Scratch, linear};
+use crate::linear::{Isa, Scratch, advise_huge_pages, linear};
 use crate::masks::Masks;
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
@@ -61,6 +61,8 @@ impl Act {
                 what: "activations",
                 bytes: len.saturating_mul(size_of::<f32>()),
             })?;
+        // Tokens lie some pages apart, and a product touches those of dozens of them in turn.
+        advise_huge_pages(&data);
         data.resize(len, 0.0);
         Ok(Self {
             width,

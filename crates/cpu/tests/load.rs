@@ -125,7 +125,7 @@ fn what_loading_takes_is_known_before() {
         let kv = estimate.kv_cache(capacity.blocks, capacity.block_size);
         let expected = [
             ("weights", estimate.weights),
-            ("KV cache", kv.unwrap().bytes()),
+            ("KV cache", kv.unwrap().bytes),
             ("activations", estimate.activations),
         ];
         assert_eq!(executor.memory_budget(), expected, "{mode:?} {weights}");
@@ -148,7 +148,7 @@ fn the_cache_that_a_load_is_said_to_need_holds_it() {
     let mut pools = [0, 0];
     for (sequences, tokens) in [(1, 1), (3, 16), (1, 1024), (7, 80), (20, 100), (50, 1000)] {
         let kv = estimate.kv_cache(sequences, tokens).unwrap();
-        config.kv_cache_bytes = kv.bytes();
+        config.kv_cache_bytes = kv.bytes;
         let executor = CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap();
         let capacity = executor.capacity();
         let blocks = tokens.div_ceil(16);

@@ -1,5 +1,5 @@
 //! Real models on a GPU against another engine's float32 outputs (`tests/golden`) and against the CPU:
-//! `golden (MODEL.gguf GOLDEN.json)…`. Without a GPU it says so and passes.
+//! `golden [--kv-dtype bf16|int8|fp8] (MODEL.gguf GOLDEN.json)…`. Without a GPU it says so and passes.
 
 mod common;
 
@@ -10,11 +10,11 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError};
+use spate_cuda::{CudaConfig, CudaError, KvDtype};
 use spate_model::Gguf;
 use spate_types::TokenId;
 
-use common::{Output, config, cpu, cuda, run, verdict};
+use common::{Output, config, cpu, cuda, run, take_kv_dtype, verdict};
 
 /// What passes: mean |Δ prompt logprob|, and the share of prompt positions with the same best token.
 const MOST_APART: f64 = 0.05;
@@ -41,10 +41,11 @@ fn main() -> Result<ExitCode> {
         }
         opened => drop(opened?),
     }
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let kv_dtype = take_kv_dtype(&mut args)?.unwrap_or(KvDtype::Bf16);
     let mut passed = true;
     for pair in args.chunks_exact(2) {
-        passed &= check(Path::new(&pair[0]), Path::new(&pair[1]))?;
+        passed &= check(Path::new(&pair[0]), Path::new(&pair[1]), kv_dtype)?;
     }
     Ok(if passed {
         ExitCode::SUCCESS
@@ -53,13 +54,14 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-fn check(model: &Path, golden: &Path) -> Result<bool> {
+fn check(model: &Path, golden: &Path, kv_dtype: KvDtype) -> Result<bool> {
     let cases = cases(golden)?;
     let prompts: Vec<Vec<TokenId>> = cases.iter().map(|case| case.prompt.clone()).collect();
     let gguf = Gguf::open(model)?;
     let start = Instant::now();
     let config = CudaConfig {
         kv_cache_bytes: Some(1 << 30),
+        kv_dtype,
         ..config()
     };
     let mut gpu = cuda(&gguf, &config)?;

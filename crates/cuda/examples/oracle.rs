@@ -1,5 +1,6 @@
 //! The whole executor on a GPU: the conformance suite on a random model of each architecture, and its
-//! logprobs against the CPU's in float32. Without a GPU it says so and passes.
+//! logprobs against the CPU's in float32: `oracle [--kv-dtype bf16|int8|fp8]`. Without a GPU it says so and
+//! passes.
 
 mod common;
 
@@ -7,13 +8,13 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError, Overlap};
+use spate_cuda::{CudaConfig, CudaError, KvDtype, Overlap};
 use spate_executor::conformance;
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
-use spate_model::{ARCHITECTURES, Gguf};
+use spate_model::{ARCHITECTURES, GgmlType, Gguf};
 use spate_types::TokenId;
 
-use common::{config, cpu, cuda, mean_difference, run, verdict};
+use common::{config, cpu, cuda, mean_difference, run, take_kv_dtype, verdict};
 
 fn main() -> Result<ExitCode> {
     match Device::open(0) {
@@ -24,9 +25,17 @@ fn main() -> Result<ExitCode> {
         opened => drop(opened?),
     }
     let mut passed = true;
-    for architecture in ARCHITECTURES {
-        passed &= tiny(architecture)?;
+    let mut args = std::env::args().skip(1).collect();
+    let kv_dtypes = match take_kv_dtype(&mut args)? {
+        Some(dtype) => vec![dtype],
+        None => vec![KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8],
+    };
+    for kv_dtype in kv_dtypes {
+        for architecture in ARCHITECTURES {
+            passed &= tiny(architecture, [GgmlType::Q4_1, GgmlType::Q8_0], kv_dtype)?;
+        }
     }
+    passed &= tiny("llama", [GgmlType::F16; 2], KvDtype::Bf16)?;
     Ok(if passed {
         ExitCode::SUCCESS
     } else {
@@ -34,8 +43,13 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-/// A random model of an architecture: the suite in every mode, then prompt logprobs of both backends.
-fn tiny(architecture: &'static str) -> Result<bool> {
+/// A random model of an architecture, with other weights for the value projection: the suite in every mode,
+/// then prompt logprobs of both backends.
+fn tiny(
+    architecture: &'static str,
+    [weights, value_weights]: [GgmlType; 2],
+    kv_dtype: KvDtype,
+) -> Result<bool> {
     let spec = TinyLlama {
         architecture,
         hidden: 128,
@@ -43,6 +57,8 @@ fn tiny(architecture: &'static str) -> Result<bool> {
         ffn: 192,
         bias: architecture == "qwen2",
         window: matches!(architecture, "gemma3" | "phi3").then_some(40),
+        weights,
+        value_weights,
         ..TinyLlama::default()
     };
     let file = TempFile::new(&tiny_llama(&spec));
@@ -55,6 +71,7 @@ fn tiny(architecture: &'static str) -> Result<bool> {
         ("two lanes, SMs kept", Overlap::DecodeSms(24), true),
     ] {
         let config = CudaConfig {
+            kv_dtype,
             overlap,
             graphs,
             ..config()
@@ -63,7 +80,7 @@ fn tiny(architecture: &'static str) -> Result<bool> {
             conformance::run(&mut || cuda(&gguf, &config).expect("the GPU was opened before"));
         });
         println!(
-            "{} {architecture}, {mode}: conformance",
+            "{} {architecture}, KV {kv_dtype:?}, {mode}: conformance",
             verdict(conforms.is_ok())
         );
         passed &= conforms.is_ok();
@@ -76,13 +93,23 @@ fn tiny(architecture: &'static str) -> Result<bool> {
         })
         .collect();
     let prompts = [prompt];
-    let got = run(&mut *cuda(&gguf, &config())?, &prompts, 1)?;
+    let config = CudaConfig {
+        kv_dtype,
+        ..config()
+    };
+    let got = run(&mut *cuda(&gguf, &config)?, &prompts, 1)?;
     let want = run(&mut *cpu(&gguf)?, &prompts, 1)?;
     let want: Vec<f64> = want[0].prompt.iter().map(|l| l.logprob.into()).collect();
     let error = mean_difference(&got[0].prompt, &want);
-    let is_close = error <= 0.05;
+    // A random model magnifies what is lost.
+    let limit = match kv_dtype {
+        KvDtype::Bf16 => 0.05,
+        KvDtype::Int8 => 0.1,
+        KvDtype::Fp8 => 0.3,
+    };
+    let is_close = error <= limit;
     println!(
-        "{} {architecture}: mean |Δ prompt logprob| {error:.5}",
+        "{} {architecture}, KV {kv_dtype:?}: mean |Δ prompt logprob| {error:.5}",
         verdict(is_close)
     );
     Ok(passed && is_close)

@@ -14,4 +14,5 @@ pub mod selftest;
 
 pub use backend::{CudaConfig, CudaExecutor, Overlap, WeightFormat};
 pub use error::CudaError;
+pub use kernels::KvDtype;
 pub use linear::{Linear, PackedPart};

@@ -18,6 +18,8 @@ pub(crate) enum Backend {
 /// A loaded model.
 pub(crate) struct Loaded {
     pub(crate) executor: Box<dyn Executor>,
+    /// For programs: `cpu` or `cuda:0`.
+    pub(crate) device: String,
     pub(crate) sizes: Sizes,
     /// The backend, the device, what is chosen by its abilities.
     pub(crate) description: String,
@@ -68,6 +70,7 @@ impl Backend {
             Self::Cpu => {
                 let executor = CpuExecutor::load(checkpoint, &cpu_config(settings)?, progress)?;
                 Ok(Loaded {
+                    device: "cpu".into(),
                     sizes: self.sizes(settings),
                     description: describe_cpu(settings, &executor),
                     memory: executor.memory_budget(),
@@ -79,6 +82,7 @@ impl Backend {
                 let config = cuda_config(settings, *number)?;
                 let executor = CudaExecutor::load(checkpoint, &config, progress)?;
                 Ok(Loaded {
+                    device: format!("cuda:{number}"),
                     sizes: self.sizes(settings),
                     description: describe_gpu(*number, device),
                     memory: executor.memory_budget(),
@@ -123,13 +127,15 @@ pub(crate) fn cpu_config(settings: &Settings) -> Result<CpuConfig> {
 /// The settings of the CUDA backend.
 pub(crate) fn cuda_config(settings: &Settings, device: u32) -> Result<CudaConfig> {
     let sizes = Sizes::on_gpu(settings);
-    match settings.kv_cache_dtype {
-        KvCacheDtype::Auto | KvCacheDtype::Bf16 => {}
+    let kv_dtype = match settings.kv_cache_dtype {
+        KvCacheDtype::Auto | KvCacheDtype::Bf16 => spate_cuda::KvDtype::Bf16,
+        KvCacheDtype::Int8 => spate_cuda::KvDtype::Int8,
+        KvCacheDtype::Fp8 => spate_cuda::KvDtype::Fp8,
         other => bail!(
-            "kv_cache_dtype {} is not for GPUs: they have bf16",
+            "kv_cache_dtype {} is not for GPUs: they have bf16, int8 and fp8",
             other.name()
         ),
-    }
+    };
     let overlap = match settings.overlap {
         None | Some(Overlap::Off) => spate_cuda::Overlap::Off,
         Some(Overlap::Streams) => spate_cuda::Overlap::Streams,
@@ -139,6 +145,7 @@ pub(crate) fn cuda_config(settings: &Settings, device: u32) -> Result<CudaConfig
         device,
         block_size: sizes.block_size,
         kv_cache_bytes: sizes.kv_cache_memory,
+        kv_dtype,
         memory_utilization: settings.gpu_memory_utilization,
         max_seq_len: settings.max_model_len.unwrap_or(0),
         slots: sizes.max_num_seqs,

@@ -64,7 +64,7 @@ impl KvPlan {
     }
 
     /// The plan for the least memory, whatever `config` says of it, in which `sequences` of `tokens`
-    /// positions have room together.
+    /// positions have room together; and the bytes of that memory.
     ///
     /// # Errors
     /// As of [`KvPlan::new`], and when blocks can't be counted.
@@ -73,7 +73,7 @@ impl KvPlan {
         config: &CpuConfig,
         max_seq_len: u32,
         (sequences, tokens): (u32, u32),
-    ) -> Result<Self, CpuError> {
+    ) -> Result<(Self, u64), CpuError> {
         let mut config = config.clone();
         config.kv_cache_bytes = u64::MAX;
         let memory = Self::new(model, &config, max_seq_len)?.memory(model, &config, max_seq_len);
@@ -84,7 +84,8 @@ impl KvPlan {
             ))
         });
         config.kv_cache_bytes = bytes?;
-        Self::new(model, &config, max_seq_len)
+        let plan = Self::new(model, &config, max_seq_len)?;
+        Ok((plan, config.kv_cache_bytes))
     }
 
     /// What the layers take of the memory.

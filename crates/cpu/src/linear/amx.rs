@@ -7,7 +7,7 @@ use std::arch::x86_64::__cpuid_count;
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
-use super::activations::ActBlock;
+use super::activations::{ActTile, BLOCK, TILE_TOKENS};
 use super::lanes::{I32x16, Lanes, Line};
 
 /// `arch_prctl`: ask that the process may use a part of the CPU state.
@@ -93,28 +93,25 @@ impl Tiles {
         }
     }
 
-    /// `sums[t]` is, for each of sixteen output rows, `Σ_c q[c] · x[t][c]` over a group's columns `c`.
+    /// `sums[t]` is, for each of sixteen output rows, `Σ_c q[c] · x[t][c]` over the columns `c` of the
+    /// `part`-th group of a block, for the first `T` tokens.
     ///
-    /// `x` are the blocks from the first token's on; the next token's is `stride` blocks further. The
-    /// group's activations begin with word `word` of the block. `q` are the weights as signed bytes,
-    /// four columns to a line; `T` is 8 or 16, and `GROUP` 16 or 32.
+    /// `q` are the weights as signed bytes, four columns to a line; `T` is 8 or 16, and `GROUP` 16 or 32.
     #[inline(always)]
     pub(super) fn dots<const T: usize, const GROUP: usize>(
         &self,
-        x: &[ActBlock],
-        stride: usize,
-        word: usize,
+        x: &ActTile,
+        part: usize,
         q: &[Line],
-        sums: &mut [I32x16; T],
+        sums: &mut [I32x16; TILE_TOKENS],
     ) {
-        assert!(x.len() > (T - 1) * stride && (word + GROUP / 4) <= 8 && q.len() == GROUP / 4);
-        let words = &raw const x[0].words[word];
-        let stride = stride * size_of::<ActBlock>();
+        assert!(part < BLOCK / GROUP && q.len() == GROUP / 4);
+        let words = &raw const x.words[0][part * (GROUP / 4)];
         macro_rules! dots {
             ($sums:literal, $x:literal, $q:literal) => {
-                // SAFETY: the tiles are configured (see `new`). They read `T` rows of `GROUP` bytes, a
-                // stride apart, and `GROUP / 4` lines, and write `T` lines: all within what the
-                // assertion and the types say.
+                // SAFETY: the tiles are configured (see `new`). They read `GROUP` bytes of
+                // `T` rows and `GROUP / 4` lines, and write `T` lines: all within what the assertion
+                // and the types say.
                 unsafe {
                     asm!(
                         concat!("tilezero tmm", $sums),
@@ -123,7 +120,7 @@ impl Tiles {
                         concat!("tdpbssd tmm", $sums, ", tmm", $x, ", tmm", $q),
                         concat!("tilestored [{sums} + {line}], tmm", $sums),
                         words = in(reg) words,
-                        stride = in(reg) stride,
+                        stride = in(reg) BLOCK,
                         q = in(reg) q.as_ptr(),
                         line = in(reg) size_of::<Line>(),
                         sums = in(reg) sums.as_mut_ptr(),

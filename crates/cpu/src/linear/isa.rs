@@ -95,9 +95,11 @@ impl Isa {
     }
 
     /// Whether there is a matrix unit.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn has_tiles(self) -> bool {
-        self.0 == Kind::Amx
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return self.0 == Kind::Amx;
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        false
     }
 
     /// Runs `kernel` with this thread's matrix unit.

@@ -5,6 +5,8 @@
 
 use half::{bf16, f16};
 
+use super::activations::{ActBlock, BLOCK, quantize_block};
+
 /// Sixteen float32.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
@@ -60,6 +62,12 @@ pub(crate) trait Lanes: Copy {
     fn dot4<const WIDE: bool>(self, acc: Self::I, q: Self::Q, x: i32) -> Self::I;
     fn to_f(self, value: Self::I) -> Self::F;
 
+    /// Quantises a block of activations, as [`quantize_block`] does.
+    #[inline(always)]
+    fn quantize(self, x: &[f32; BLOCK], out: &mut ActBlock) {
+        quantize_block(x, out);
+    }
+
     fn splat(self, value: f32) -> Self::F;
     fn load(self, value: &F32x16) -> Self::F;
     fn load_f16(self, value: &Half16) -> Self::F;
@@ -70,6 +78,10 @@ pub(crate) trait Lanes: Copy {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a · b + c`, rounded once.
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The sum, halves added to halves: a fixed order that takes few steps.
+    fn fold_add(self, value: Self::F) -> f32;
+    /// The maximum, if none is NaN.
+    fn fold_max(self, value: Self::F) -> f32;
 }
 
 /// Work that is written against [`Lanes`]; mark `run` as `#[inline(always)]`.
@@ -178,4 +190,24 @@ impl Lanes for Scalar {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         std::array::from_fn(|l| a[l].mul_add(b[l], c[l]))
     }
+
+    #[inline(always)]
+    fn fold_add(self, value: Self::F) -> f32 {
+        fold(value, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn fold_max(self, value: Self::F) -> f32 {
+        fold(value, |a, b| if a > b { a } else { b }) // as the instruction does
+    }
+}
+
+#[inline(always)]
+fn fold(mut values: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            values[i] = f(values[i], values[i + half]);
+        }
+    }
+    values[0]
 }

@@ -2,17 +2,20 @@
 /// all weights, and with pages of 4 KiB the walks of the page table cost a tenth of it or more.
 pub(super) fn huge_vec<T: Copy>(value: T, count: usize) -> Vec<T> {
     let mut values = Vec::with_capacity(count);
-    #[cfg(target_os = "linux")]
-    advise_huge_pages(values.as_ptr(), values.capacity() * size_of::<T>());
+    advise_huge_pages(&values);
     values.resize(count, value);
     values
 }
 
 /// Must come before the memory is touched. A wish only: whether it is granted does not matter.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn advise_huge_pages<T>(_room: &Vec<T>) {}
+
+/// Must come before the memory is touched. A wish only: whether it is granted does not matter.
 #[cfg(target_os = "linux")]
-fn advise_huge_pages<T>(start: *const T, bytes: usize) {
+pub(crate) fn advise_huge_pages<T>(room: &Vec<T>) {
     const PAGE: usize = 4096;
-    let start = start.cast::<u8>();
+    let (start, bytes) = (room.as_ptr().cast::<u8>(), room.capacity() * size_of::<T>());
     let skip = start.align_offset(PAGE);
     if bytes > skip + PAGE {
         let whole_pages = (bytes - skip) / PAGE * PAGE;

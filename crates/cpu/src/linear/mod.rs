@@ -9,6 +9,10 @@
 //! fixed and written down at the kernels, so neither `m`, nor the other rows, nor the number of
 //! threads or the instruction set change a bit of it.
 
+// Loops over vectors are written out: closures are compiled without the instruction set and so not
+// inlined.
+#![allow(clippy::needless_range_loop)]
+
 mod activations;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
@@ -30,15 +34,21 @@ pub use isa::Isa;
 use spate_model::quant::{GgmlType, QuantError};
 
 use crate::pool::{Disjoint, ThreadPool};
-use activations::{ActBlock, BLOCK, quantize};
+use activations::{ActBlock, ActTile, BLOCK, Quantized, TILE_TOKENS, quantize, quantize_tiles};
 use dense::Dense;
 pub(crate) use dense::{Bf16x16, Column, F16x16};
 pub(crate) use lanes::{F32x16, I8x16, Kernel, Lanes};
+pub(crate) use memory::advise_huge_pages;
+use memory::huge_vec;
 use packed::Packed;
 use sweep::{Sweep, panels};
 
 /// Tasks per thread: enough that a thread that starts late costs little.
 const TASKS: usize = 8;
+
+/// From so many tokens on the matrix unit is faster: with 8 it takes as long for groups of 32, and half as
+/// long again for groups of 16.
+const TILED_TOKENS: usize = 16;
 
 /// A matrix, ready to be multiplied with.
 pub struct LinearWeight {
@@ -58,6 +68,8 @@ enum Data {
 pub struct Scratch {
     isa: Isa,
     blocks: Vec<ActBlock>,
+    /// With a matrix unit, for more than a few tokens.
+    tiles: Vec<ActTile>,
 }
 
 impl Scratch {
@@ -68,20 +80,54 @@ impl Scratch {
 
     /// The same, for one of [`Isa::available`].
     pub fn with_isa(isa: Isa, m: usize, cols: usize) -> Self {
+        let (blocks, tiles) = Self::counts(isa, m, cols);
         Self {
             isa,
-            blocks: vec![ActBlock::default(); m * cols.div_ceil(BLOCK)],
+            blocks: huge_vec(ActBlock::default(), blocks),
+            tiles: huge_vec(ActTile::default(), tiles),
+        }
+    }
+
+    /// Blocks and tiles for every number of tokens up to `m`.
+    fn counts(isa: Isa, m: usize, cols: usize) -> (usize, usize) {
+        let blocks = cols.div_ceil(BLOCK);
+        match isa.has_tiles() && m >= TILED_TOKENS {
+            true => (
+                (TILED_TOKENS - 1) * blocks,
+                m.div_ceil(TILE_TOKENS) * blocks,
+            ),
+            false => (m * blocks, 0),
         }
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.blocks)
+        size_of_val(&*self.blocks) + size_of_val(&*self.tiles)
     }
 
-    /// What [`bytes`](Self::bytes) will say of room for so many activations.
-    pub fn bytes_for(activations: u64) -> u64 {
-        activations.div_ceil(BLOCK as u64) * size_of::<ActBlock>() as u64
+    /// What [`bytes`](Self::bytes) will say of a [`new`](Self::new) one.
+    pub fn bytes_for(m: usize, cols: usize) -> u64 {
+        let (blocks, tiles) = Self::counts(Isa::best(), m, cols);
+        (blocks * size_of::<ActBlock>() + tiles * size_of::<ActTile>()) as u64
+    }
+
+    /// `x`, `[m, cols]`, in 8 bits.
+    fn quantize(&mut self, pool: &ThreadPool, x: &[f32], m: usize) -> Quantized<'_> {
+        let cols = x.len() / m;
+        let (_, tiles) = Self::counts(self.isa, m, cols);
+        if tiles > 0 {
+            if self.tiles.len() < tiles {
+                self.tiles.resize(tiles, ActTile::default());
+            }
+            quantize_tiles(self.isa, pool, x, cols, &mut self.tiles[..tiles]);
+            return Quantized::Tiles(&self.tiles[..tiles]);
+        }
+        let blocks = x.len() / BLOCK;
+        if self.blocks.len() < blocks {
+            self.blocks.resize(blocks, ActBlock::default());
+        }
+        quantize(self.isa, pool, x, &mut self.blocks[..blocks]);
+        Quantized::Blocks(&self.blocks[..blocks])
     }
 }
 
@@ -176,12 +222,12 @@ impl LinearWeight {
         }
     }
 
-    fn times(&self, isa: Isa, x: &[f32], blocks: &[ActBlock], sweep: Sweep<'_>) {
+    fn times(&self, isa: Isa, x: &[f32], quantized: Quantized<'_>, sweep: Sweep<'_>) {
         match &self.data {
             Data::F32(dense) => dense.times(isa, x, sweep),
             Data::F16(dense) => dense.times(isa, x, sweep),
             Data::Bf16(dense) => dense.times(isa, x, sweep),
-            Data::Packed(packed) => packed.times(isa, blocks, sweep),
+            Data::Packed(packed) => packed.times(isa, quantized, sweep),
         }
     }
 }
@@ -216,18 +262,11 @@ pub fn linear(
     }
 
     let isa = scratch.isa;
-    let mut blocks: &[ActBlock] = &[];
-    if weights
-        .iter()
-        .any(|weight| matches!(weight.data, Data::Packed(_)))
-    {
-        let count = m * cols / BLOCK;
-        if scratch.blocks.len() < count {
-            scratch.blocks.resize(count, ActBlock::default());
-        }
-        quantize(isa, pool, x, &mut scratch.blocks[..count]);
-        blocks = &scratch.blocks[..count];
-    }
+    let packed = |weight: &&LinearWeight| matches!(weight.data, Data::Packed(_));
+    let quantized = match weights.iter().any(packed) && m > 0 {
+        true => scratch.quantize(pool, x, m),
+        false => Quantized::Blocks(&[]),
+    };
 
     let outs: Vec<Disjoint<'_, f32>> = outs.iter_mut().map(|out| Disjoint::new(out)).collect();
     let total: usize = weights.iter().map(|weight| panels(weight.rows)).sum();
@@ -242,7 +281,7 @@ pub fn linear(
                 weight.times(
                     isa,
                     x,
-                    blocks,
+                    quantized,
                     Sweep {
                         panels,
                         m,

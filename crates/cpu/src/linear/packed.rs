@@ -5,13 +5,13 @@ use std::iter;
 use half::f16;
 use spate_model::quant::{GgmlType, Scheme, Unpacked, unpack};
 
-use super::activations::{ActBlock, BLOCK};
+use super::activations::{ActBlock, BLOCK, Quantized};
 use super::isa::Isa;
 use super::lanes::{Half16, Lanes, Line};
 use super::memory::huge_vec;
 use super::sweep::{PANEL, Panels, Sweep, panels};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use super::tile_sweep::{self, TileSweep};
+use super::tile_sweep::TileSweep;
 use crate::pool::ThreadPool;
 
 /// How the weights of a matrix are stored: `scale · (q - offset)`, or `scale · q + min`.
@@ -148,8 +148,8 @@ impl Packed {
         size_of_val(&*self.lines) + size_of_val(&*self.scales) + size_of_val(&*self.mins)
     }
 
-    /// The products of `sweep`'s panels with the activations `x`, `[m, cols / 32]`.
-    pub(super) fn times(&self, isa: Isa, x: &[ActBlock], sweep: Sweep<'_>) {
+    /// The products of `sweep`'s panels with the activations `x`.
+    pub(super) fn times(&self, isa: Isa, x: Quantized<'_>, sweep: Sweep<'_>) {
         let Format {
             bits,
             group,
@@ -171,15 +171,22 @@ impl Packed {
     fn run<const BITS: u32, const GROUP: usize, const MIN: bool>(
         &self,
         isa: Isa,
-        x: &[ActBlock],
+        x: Quantized<'_>,
         sweep: Sweep<'_>,
     ) {
-        let times = PackedTimes::<BITS, GROUP, MIN> { weights: self, x };
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if isa.has_tiles() && sweep.m >= tile_sweep::MIN_TOKENS {
-            return isa.run_tiles(TileSweep { sweep, times });
+        let weights = self;
+        match x {
+            Quantized::Blocks(x) => {
+                sweep.run(isa, PackedTimes::<BITS, GROUP, MIN> { weights, x });
+            }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Quantized::Tiles(x) => {
+                let times = PackedTimes::<BITS, GROUP, MIN> { weights, x: &[] };
+                isa.run_tiles(TileSweep { sweep, times, x });
+            }
+            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            Quantized::Tiles(_) => unreachable!("without a matrix unit there are no tiles"),
         }
-        sweep.run(isa, times);
     }
 
     /// One row as float32.
@@ -276,7 +283,7 @@ fn pack_group(format: Format, q: &[u8], shift: u8, lane: usize, lines: &mut [Lin
 pub(super) struct PackedTimes<'a, const BITS: u32, const GROUP: usize, const MIN: bool> {
     weights: &'a Packed,
     /// `[m, cols / 32]`
-    pub(super) x: &'a [ActBlock],
+    x: &'a [ActBlock],
 }
 
 impl<const BITS: u32, const GROUP: usize, const MIN: bool> PackedTimes<'_, BITS, GROUP, MIN> {
@@ -374,26 +381,25 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> PackedTimes<'_, BITS,
         v: V,
         group: usize,
         dots: &[V::I; T],
-        x: &[&[ActBlock]; T],
-        (b, part): (usize, usize),
+        x: impl Scales,
         out: &mut [V::F; T],
     ) {
         let scale = v.load_f16(&self.weights.scales[group]);
         for t in 0..T {
-            let scale = v.mul(scale, v.splat(x[t][b].scale));
+            let scale = v.mul(scale, v.splat(x.scale(t)));
             out[t] = v.mul_add(v.to_f(dots[t]), scale, out[t]);
         }
         if MIN {
             let min = v.load_f16(&self.weights.mins[group]);
             for t in 0..T {
-                out[t] = v.mul_add(min, v.splat(x[t][b].scaled_sum[Self::span(part)]), out[t]);
+                out[t] = v.mul_add(min, v.splat(x.scaled_sum(t)), out[t]);
             }
         }
     }
 
     /// Which of a block's three sums goes with its `part`-th group.
     #[inline(always)]
-    const fn span(part: usize) -> usize {
+    pub(super) const fn span(part: usize) -> usize {
         if GROUP == BLOCK { 2 } else { part }
     }
 }
@@ -413,8 +419,31 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> Panels
         for g in 0..groups {
             let (group, at) = (panel * groups + g, (g / per_block, g % per_block));
             let dots = self.dots(v, group, &x, at);
-            self.add(v, group, &dots, &x, at, &mut out);
+            let scales = BlockScales(&x, at.0, Self::span(at.1));
+            self.add(v, group, &dots, scales, &mut out);
         }
         out
+    }
+}
+
+/// The numbers of a group's activations, of some tokens, that products are multiplied with.
+pub(super) trait Scales {
+    fn scale(&self, t: usize) -> f32;
+    /// Of the group's own columns.
+    fn scaled_sum(&self, t: usize) -> f32;
+}
+
+/// The tokens' blocks, which of them, and which of its three sums.
+struct BlockScales<'a, const T: usize>(&'a [&'a [ActBlock]; T], usize, usize);
+
+impl<const T: usize> Scales for BlockScales<'_, T> {
+    #[inline(always)]
+    fn scale(&self, t: usize) -> f32 {
+        self.0[t][self.1].scale
+    }
+
+    #[inline(always)]
+    fn scaled_sum(&self, t: usize) -> f32 {
+        self.0[t][self.1].scaled_sum[self.2]
     }
 }

@@ -1,38 +1,47 @@
 //! Quantised weights times many tokens, by the matrix unit.
 
-use super::activations::{ActBlock, BLOCK};
+use super::activations::{ActTile, BLOCK, TILE_TOKENS};
 use super::amx::{TileKernel, Tiles};
 use super::lanes::{F32x16, I32x16, Lanes, Line};
-use super::packed::PackedTimes;
+use super::packed::{PackedTimes, Scales};
 use super::sweep::{Sweep, TOKENS};
-
-/// Fewer tokens than this are not worth setting up the matrix unit.
-pub(super) const MIN_TOKENS: usize = 8;
 
 /// Panels that meet a tile of activations while it is in the first-level cache.
 const SHARE: usize = 2;
 
-/// Columns whose weights are bytes at the same time: those of `SHARE` panels, and the
-/// activations of a tile's tokens, fit the first-level cache.
+/// Columns whose weights are bytes at the same time: those of `SHARE` panels, and the activations of
+/// a tile, fit the first-level cache.
 const CHUNK: usize = 512;
 
 const ZERO: F32x16 = F32x16([0.0; 16]);
 
 /// A task's share of a product. The sums of each group come out of the matrix unit; everything
-/// after them is done as in [`PackedTimes`], in the same order, so the results have the same bits.
+/// after them is done as for few tokens, in the same order, so the results have the same bits.
 pub(super) struct TileSweep<'a, const BITS: u32, const GROUP: usize, const MIN: bool> {
     pub(super) sweep: Sweep<'a>,
     pub(super) times: PackedTimes<'a, BITS, GROUP, MIN>,
+    /// `[m / 16, cols / 32]`
+    pub(super) x: &'a [ActTile],
 }
 
 /// What the stages of a product hand on.
 struct Buffers {
     /// Weights as signed bytes, four columns to a line.
     q: [[Line; CHUNK / 4]; SHARE],
-    /// Outputs so far.
-    acc: [[F32x16; TOKENS]; SHARE],
-    /// Sums over a group: this one's, and the next one's that the matrix unit works on meanwhile.
-    sums: [[I32x16; 16]; 2],
+    /// Outputs of each panel so far, while there are more columns to come.
+    out: [[[F32x16; TILE_TOKENS]; TOKENS / TILE_TOKENS]; SHARE],
+    /// Sums over a group, and over the next one, that the matrix unit works on meanwhile.
+    sums: [[I32x16; TILE_TOKENS]; 2],
+}
+
+/// Columns of a panel and of a tile of tokens that are multiplied in one go.
+struct Part<'a> {
+    panel: usize,
+    /// First of the panel's groups.
+    start: usize,
+    /// First token.
+    token: usize,
+    x: &'a [ActTile],
 }
 
 impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileKernel
@@ -42,116 +51,128 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileKernel
     fn run<V: Lanes>(self, v: V, tiles: &Tiles) {
         let mut buffers = Buffers {
             q: [[Line([0; 64]); CHUNK / 4]; SHARE],
-            acc: [[ZERO; TOKENS]; SHARE],
-            sums: [[I32x16([0; 16]); 16]; 2],
+            out: [[[ZERO; TILE_TOKENS]; TOKENS / TILE_TOKENS]; SHARE],
+            sums: [[I32x16([0; 16]); TILE_TOKENS]; 2],
         };
         let (panels, m) = (&self.sweep.panels, self.sweep.m);
         for first in (0..m).step_by(TOKENS) {
-            let count = TOKENS.min(m - first);
-            let tiled = count / MIN_TOKENS * MIN_TOKENS;
             for panel in panels.clone().step_by(SHARE) {
                 let share = SHARE.min(panels.end - panel);
-                self.tiled(v, tiles, (panel, share), (first, tiled), &mut buffers);
-                for (i, acc) in buffers.acc[..share].iter().enumerate() {
-                    for (t, acc) in acc[..tiled].iter().enumerate() {
-                        self.sweep.store(panel + i, first + t, &acc.0);
-                    }
-                    let rest = first + tiled..first + count;
-                    self.sweep.tokens(v, &self.times, panel + i, rest);
-                }
+                self.products(v, tiles, (panel, share), first, &mut buffers);
             }
         }
     }
 }
 
 impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, GROUP, MIN> {
-    const CHUNK_GROUPS: usize = CHUNK / GROUP;
-
-    /// The outputs of `share` panels from `panel` on for `tokens`, a multiple of 8, from `first` on.
+    /// The outputs of `share` panels from `panel` on for `TOKENS` tokens from `first` on.
     #[inline(always)]
-    fn tiled<V: Lanes>(
+    fn products<V: Lanes>(
         &self,
         v: V,
         tiles: &Tiles,
         (panel, share): (usize, usize),
-        (first, tokens): (usize, usize),
+        first: usize,
         buffers: &mut Buffers,
     ) {
         let groups = self.times.groups();
-        for acc in &mut buffers.acc {
-            acc[..tokens].fill(ZERO);
-        }
-        for start in (0..groups).step_by(Self::CHUNK_GROUPS) {
-            let count = Self::CHUNK_GROUPS.min(groups - start);
+        let blocks = groups * GROUP / BLOCK;
+        let end = self.sweep.m.min(first + TOKENS);
+        for start in (0..groups).step_by(CHUNK / GROUP) {
+            let count = (CHUNK / GROUP).min(groups - start);
             for (i, q) in buffers.q[..share].iter_mut().enumerate() {
-                let at = (panel + i) * groups + start;
+                let group = (panel + i) * groups + start;
                 for (g, q) in q.chunks_exact_mut(GROUP / 4).take(count).enumerate() {
-                    self.times.unpack(v, at + g, q);
+                    self.times.unpack(v, group + g, q);
                 }
             }
-            let mut token = 0;
-            while token < tokens {
-                let wide = tokens - token >= 16;
+            for (tile, token) in (first..end).step_by(TILE_TOKENS).enumerate() {
+                let x = token / TILE_TOKENS * blocks + start * GROUP / BLOCK;
+                let x = &self.x[x..][..count * GROUP / BLOCK];
                 for i in 0..share {
-                    let at = ((panel + i) * groups + start, count);
-                    let (q, acc) = (&buffers.q[i], &mut buffers.acc[i][token..]);
-                    let x = (first + token, start);
-                    if wide {
-                        self.tile::<V, 16>(v, tiles, at, x, q, &mut buffers.sums, acc);
+                    let panel = panel + i;
+                    let part = Part {
+                        panel,
+                        start,
+                        token,
+                        x,
+                    };
+                    let (q, out, sums) =
+                        (&buffers.q[i], &mut buffers.out[i][tile], &mut buffers.sums);
+                    if end - token > TILE_TOKENS / 2 {
+                        self.add::<V, TILE_TOKENS>(v, tiles, part, q, out, sums);
                     } else {
-                        self.tile::<V, 8>(v, tiles, at, x, q, &mut buffers.sums, acc);
+                        self.add::<V, { TILE_TOKENS / 2 }>(v, tiles, part, q, out, sums);
                     }
                 }
-                token += if wide { 16 } else { 8 };
             }
         }
     }
 
-    /// Adds the products of `count` groups of a panel, from group `at` of the matrix on, to the
-    /// outputs of `T` tokens. `x` is the first token, and its first group.
+    /// Adds the products of a part to the outputs of the first `T` tokens of its tile.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    fn tile<V: Lanes, const T: usize>(
+    fn add<V: Lanes, const T: usize>(
         &self,
         v: V,
         tiles: &Tiles,
-        (at, count): (usize, usize),
-        (token, start): (usize, usize),
+        Part {
+            panel,
+            start,
+            token,
+            x,
+        }: Part<'_>,
         q: &[Line],
-        sums: &mut [[I32x16; 16]; 2],
-        acc: &mut [F32x16],
+        out: &mut [F32x16; TILE_TOKENS],
+        sums: &mut [[I32x16; TILE_TOKENS]; 2],
     ) {
+        let mut acc = [v.splat(0.0); T];
+        if start > 0 {
+            for t in 0..T {
+                acc[t] = v.load(&out[t]);
+            }
+        }
         let per_block = BLOCK / GROUP;
-        let stride = self.times.groups() / per_block;
-        let x = &self.times.x[token * stride + start / per_block..];
-        let mut rows: [&[ActBlock]; T] = [&[]; T];
-        for (t, row) in rows.iter_mut().enumerate() {
-            *row = &x[t * stride..][..count / per_block];
-        }
-        let mut out = [v.splat(0.0); T];
-        for (out, acc) in out.iter_mut().zip(&*acc) {
-            *out = v.load(acc);
-        }
-        let dots = |g: usize, sums: &mut [I32x16; 16]| {
-            let (b, word) = (g / per_block, g % per_block * (GROUP / 4));
-            let q = &q[g * (GROUP / 4)..][..GROUP / 4];
-            let sums = sums.first_chunk_mut::<T>().expect("T is at most 16");
-            tiles.dots::<T, GROUP>(&x[b..], stride, word, q, sums);
-        };
-        dots(0, &mut sums[0]);
-        for g in 0..count {
-            if g + 1 < count {
-                dots(g + 1, &mut sums[(g + 1) % 2]);
+        let groups = x.len() * per_block;
+        for g in 0..=groups {
+            if g < groups {
+                let q = &q[g * (GROUP / 4)..][..GROUP / 4];
+                let sums = &mut sums[g % 2];
+                tiles.dots::<T, GROUP>(&x[g / per_block], g % per_block, q, sums);
             }
-            let mut own = [v.splat_i(0); T];
-            for (own, sums) in own.iter_mut().zip(&sums[g % 2]) {
-                *own = v.load_i(sums);
+            if let Some(g) = g.checked_sub(1) {
+                let mut dots = [v.splat_i(0); T];
+                for t in 0..T {
+                    dots[t] = v.load_i(&sums[g % 2][t]);
+                }
+                let span = PackedTimes::<BITS, GROUP, MIN>::span(g % per_block);
+                let scales = TileScales(&x[g / per_block], span);
+                let group = panel * self.times.groups() + start + g;
+                self.times.add(v, group, &dots, scales, &mut acc);
             }
-            let block = (g / per_block, g % per_block);
-            self.times.add(v, at + g, &own, &rows, block, &mut out);
         }
-        for (out, acc) in out.iter().zip(acc) {
-            *acc = v.store(*out);
+        if start + groups < self.times.groups() {
+            for t in 0..T {
+                out[t] = v.store(acc[t]);
+            }
+        } else {
+            for t in 0..T.min(self.sweep.m - token) {
+                self.sweep.store(panel, token + t, &v.store(acc[t]).0);
+            }
         }
+    }
+}
+
+/// A block of a tile, and which of its three sums.
+struct TileScales<'a>(&'a ActTile, usize);
+
+impl Scales for TileScales<'_> {
+    #[inline(always)]
+    fn scale(&self, t: usize) -> f32 {
+        self.0.scale[t]
+    }
+
+    #[inline(always)]
+    fn scaled_sum(&self, t: usize) -> f32 {
+        self.0.scaled_sum[self.1][t]
     }
 }

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::activations::{ActBlock, BLOCK, scales};
 use super::lanes::{F32x16, Half16, I8x16, I32x16, Lanes, Line};
 
 /// Calls intrinsics.
@@ -18,6 +19,25 @@ fn prefetch<T>(data: &[T]) {
     for line in data.chunks(64 / size_of::<T>().clamp(1, 64)) {
         // SAFETY: a hint, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+}
+
+/// Halves added to halves.
+#[inline(always)]
+fn fold_add(value: __m256) -> f32 {
+    intrinsics! {
+        let four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+#[inline(always)]
+fn fold_max(value: __m256) -> f32 {
+    intrinsics! {
+        let four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
     }
 }
 
@@ -214,6 +234,16 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         intrinsics! { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
+
+    #[inline(always)]
+    fn fold_add(self, value: Self::F) -> f32 {
+        fold_add(intrinsics! { _mm256_add_ps(value[0], value[1]) })
+    }
+
+    #[inline(always)]
+    fn fold_max(self, value: Self::F) -> f32 {
+        fold_max(intrinsics! { _mm256_max_ps(value[0], value[1]) })
+    }
 }
 
 /// AVX-512 F, BW, VL and VNNI.
@@ -226,6 +256,11 @@ impl Avx512 {
     pub(crate) unsafe fn new() -> Self {
         Self(())
     }
+}
+
+#[inline(always)]
+fn upper(value: __m512) -> __m256 {
+    intrinsics! { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(value))) }
 }
 
 impl Lanes for Avx512 {
@@ -297,6 +332,31 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn quantize(self, x: &[f32; BLOCK], out: &mut ActBlock) {
+        let at = x.as_ptr();
+        let (first, second, max) = intrinsics! {
+            let (first, second) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16)));
+            let magnitude = |x| _mm512_castps_si512(_mm512_abs_ps(x));
+            let max = _mm512_max_epu32(magnitude(first), magnitude(second));
+            (first, second, _mm512_reduce_max_epu32(max))
+        };
+        let (scale, inverse) = scales(max);
+        intrinsics! {
+            let inverse = _mm512_set1_ps(inverse);
+            // To the nearest, ties to even; NaN becomes a number whose low byte is 0.
+            let first = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
+            let second = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
+            let (first, second) = (_mm512_cvtepi32_epi8(first), _mm512_cvtepi32_epi8(second));
+            let q = _mm256_set_m128i(second, first);
+            _mm256_storeu_si256(out.words.as_mut_ptr().cast(), q);
+            let sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+            let sums = _mm256_hadd_epi32(sums, sums);
+            let sums = _mm256_hadd_epi32(sums, sums);
+            out.set_scale(scale, _mm256_extract_epi32::<0>(sums), _mm256_extract_epi32::<4>(sums));
+        }
+    }
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Self::F {
         intrinsics! { _mm512_set1_ps(value) }
     }
@@ -347,5 +407,15 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         intrinsics! { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn fold_add(self, value: Self::F) -> f32 {
+        fold_add(intrinsics! { _mm256_add_ps(_mm512_castps512_ps256(value), upper(value)) })
+    }
+
+    #[inline(always)]
+    fn fold_max(self, value: Self::F) -> f32 {
+        fold_max(intrinsics! { _mm256_max_ps(_mm512_castps512_ps256(value), upper(value)) })
     }
 }

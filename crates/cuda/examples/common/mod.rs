@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode};
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, KvDtype, Overlap};
 use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
 use spate_model::Checkpoint;
 use spate_types::{BlockId, BlockIds, LocalBlocks, Logprobs, SamplingParams, Slot, TokenId};
@@ -26,6 +26,7 @@ pub(crate) fn config() -> CudaConfig {
         device: 0,
         block_size: BLOCK,
         kv_cache_bytes: Some(256 << 20),
+        kv_dtype: KvDtype::Bf16,
         memory_utilization: 0.9,
         max_seq_len: 0,
         slots: SLOTS,
@@ -33,6 +34,21 @@ pub(crate) fn config() -> CudaConfig {
         overlap: Overlap::Off,
         graphs: true,
     }
+}
+
+/// Takes `--kv-dtype bf16|int8|fp8` from the arguments, if it is there.
+pub(crate) fn take_kv_dtype(args: &mut Vec<String>) -> Result<Option<KvDtype>> {
+    let Some(at) = args.iter().position(|arg| arg == "--kv-dtype") else {
+        return Ok(None);
+    };
+    let dtype = match args.get(at + 1).map(String::as_str) {
+        Some("bf16") => KvDtype::Bf16,
+        Some("int8") => KvDtype::Int8,
+        Some("fp8") => KvDtype::Fp8,
+        _ => bail!("--kv-dtype is bf16, int8 or fp8"),
+    };
+    args.drain(at..at + 2);
+    Ok(Some(dtype))
 }
 
 pub(crate) fn cuda(
@@ -161,6 +177,7 @@ impl Sequence {
             blocks: self.blocks.clone(),
             local,
             sample: self.position as usize + input.len() >= self.prompt.len(),
+            masked: false,
             prompt_logprobs: input != Input::Last,
             input,
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor, Overlap};
+use spate_cuda::{CudaConfig, CudaError, CudaExecutor, KvDtype, Overlap};
 use spate_executor::{Batch, Bind, Completion, Executor, Input, Lane, Row, Ticket};
 use spate_model::Checkpoint;
 use spate_types::{BlockId, BlockIds, LocalBlocks, SampledToken, SamplingParams, Slot, TokenId};
@@ -29,6 +29,7 @@ pub(crate) fn load(model: &dyn Checkpoint, load: Load) -> Result<CudaExecutor, C
         device: 0,
         block_size: BLOCK,
         kv_cache_bytes: load.kv_cache_bytes,
+        kv_dtype: KvDtype::Bf16,
         memory_utilization: 0.9,
         max_seq_len: load.max_seq_len,
         slots: load.slots,

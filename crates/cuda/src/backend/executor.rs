@@ -11,7 +11,7 @@ use spate_executor::{
 use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
-use super::kv::{KvPlan, KvPools};
+use super::kv::{self, KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
 use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
@@ -21,7 +21,8 @@ use crate::CudaError;
 use crate::driver::{Arena, Device, Partition, Priority, Stream};
 use crate::error::WEIGHTS;
 use crate::kernels::{
-    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope, Want, Work,
+    AddRmsNorm, Attention, AttentionModel, KvDtype, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope,
+    Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -52,6 +53,8 @@ pub struct CudaConfig {
     pub block_size: u32,
     /// Size of the KV pool; `None` takes what [`memory_utilization`](Self::memory_utilization) leaves.
     pub kv_cache_bytes: Option<u64>,
+    /// How the KV cache is stored.
+    pub kv_dtype: KvDtype,
     /// Share of the GPU's memory to use, in (0, 1].
     pub memory_utilization: f32,
     /// Most positions in one sequence; 0 takes the model's context length.
@@ -116,6 +119,13 @@ impl CudaExecutor {
             pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,
+            common_keys: kv::common_keys(
+                &model,
+                &weights,
+                plan.max_seq_len as usize,
+                &stream,
+                &mut main,
+            )?,
             config: model,
             max_tokens: config.max_batch_tokens as usize,
             max_seq_len: plan.max_seq_len as usize,
@@ -361,7 +371,8 @@ struct Plan {
     packed_bytes: usize,
     lanes: usize,
     overlap: Overlap,
-    rate_bytes: u64,
+    /// Rates of rotation, common parts of keys.
+    constant_bytes: u64,
 }
 
 impl Plan {
@@ -378,12 +389,13 @@ impl Plan {
         };
         let max_blocks = max_seq_len.div_ceil(config.block_size) as usize;
         let slots = config.slots as usize;
-        let shape = KvShape {
-            blocks: 0,
-            kv_heads: model.kv_heads as u32,
-            block_size: config.block_size,
-            head_dim: model.head_dim as u32,
-        };
+        let shape = KvShape::new(
+            config.kv_dtype,
+            0,
+            model.kv_heads as u32,
+            config.block_size,
+            model.head_dim as u32,
+        );
         let attention = AttentionModel {
             heads: model.heads as u32,
             shape,
@@ -421,7 +433,8 @@ impl Plan {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
                 let activations = activation_estimate(model, tokens, logit_tile, max_works)
-                    + Arena::room_for::<bf16>(scratch);
+                    + Arena::room_for::<bf16>(scratch)
+                    + kv::unpacked_bytes(&shape, max_seq_len, config.max_batch_tokens);
                 let steps = lanes as u64 * activations + sizes.bytes();
                 let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + steps);
                 left.ok_or(CudaError::NoKvCache {
@@ -443,6 +456,8 @@ impl Plan {
             config.max_batch_tokens,
         )?;
         let copies = kv.blocks() + kv.local().map_or(0, |local| local.blocks);
+        // Of prompts, blocks to unpack and tables of them, in both pools.
+        let unpacked = 16 * usize::from(shape.is_packed()) * slots * max_blocks;
         let packed_bytes = Packer::room_for(&[
             4 * tokens,
             4 * tokens,
@@ -454,8 +469,9 @@ impl Plan {
             work,
             8 * sizes.tables * slots * max_blocks.max(2) + 256,
             8 * copies as usize,
+            unpacked,
             // Alignment of each array: binds, and attention steps in parts.
-            256 * (2 * slots + 8 * (slots + 4)),
+            256 * (2 * slots + 16 * (slots + 4)),
             // What a bind brings along.
             4 * max_seq_len as usize + MAX_EDITS * size_of::<u64>(),
         ]);
@@ -468,7 +484,8 @@ impl Plan {
             packed_bytes,
             lanes,
             overlap: config.overlap,
-            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
+            constant_bytes: 2 * Arena::room_for::<f64>(model.head_dim)
+                + kv::common_key_bytes(model),
         })
     }
 
@@ -488,7 +505,7 @@ impl Plan {
 
     fn main_bytes(&self) -> u64 {
         let packed = self.lanes as u64 * self.packed_bytes.next_multiple_of(256) as u64;
-        self.kv.bytes() + self.slots.bytes() + packed + self.rate_bytes
+        self.kv.bytes() + self.slots.bytes() + packed + self.constant_bytes
     }
 
     fn rotations(

@@ -1,13 +1,13 @@
 //! Where the model's keys and values lie: one pool of blocks, or two where some layers see only a
 //! window of the last positions.
 
-use half::bf16;
 use spate_executor::{KvMemory, LocalKv};
-use spate_model::ModelConfig;
+use spate_model::{ModelConfig, Weights};
 
+use super::loader::Matrix;
 use crate::CudaError;
-use crate::driver::{Arena, Device, Slice};
-use crate::kernels::{Attention, AttentionModel, KvShape, Path};
+use crate::driver::{Arena, Device, Slice, Stream};
+use crate::kernels::{Attention, AttentionModel, KvDtype, KvShape, Path, UnpackBlocks};
 
 /// The kernels that copy rows of heads whose width is no multiple of 64 may read so far behind the
 /// last one.
@@ -21,6 +21,8 @@ pub(crate) struct KvPlan {
     local: Option<LocalKv>,
     /// For each layer, whether its KV is in the local pool.
     is_local: Vec<bool>,
+    /// Blocks that each lane can unpack at a time, if there are codes.
+    unpacked: Option<u32>,
 }
 
 impl KvPlan {
@@ -36,12 +38,13 @@ impl KvPlan {
         max_batch_tokens: u32,
     ) -> Result<Self, CudaError> {
         let KvShape { block_size, .. } = attention.shape;
-        let layer_block = block_bytes(&attention.shape);
+        let layer_block = attention.shape.block_bytes() as u64;
         let mut plan = Self {
             attention,
             main: 0,
             local: None,
             is_local: vec![false; model.layers],
+            unpacked: unpacked_blocks(&attention.shape, max_seq_len, max_batch_tokens),
         };
         // Places of tokens are counted in 32 bits.
         let most = u32::MAX / block_size;
@@ -96,10 +99,8 @@ impl KvPlan {
     }
 
     fn shape(&self, blocks: u32) -> KvShape {
-        KvShape {
-            blocks,
-            ..self.attention.shape
-        }
+        let shape = self.attention.shape;
+        shape.with(shape.dtype(), blocks)
     }
 
     fn layers(&self, local: bool) -> usize {
@@ -107,13 +108,13 @@ impl KvPlan {
     }
 }
 
-fn block_bytes(shape: &KvShape) -> u64 {
-    (shape.block_len() * size_of::<bf16>()) as u64
+fn room(shape: &KvShape, layers: usize) -> u64 {
+    Arena::room_for::<u8>(layers * shape.layer_bytes() + BEHIND)
 }
 
-fn room(shape: &KvShape, layers: usize) -> u64 {
-    let elements = layers * shape.layer_len() + BEHIND / size_of::<bf16>();
-    Arena::room_for::<bf16>(elements)
+fn take(arena: &mut Arena, shape: &KvShape, layers: usize) -> Result<Slice<u8>, CudaError> {
+    let len = layers * shape.layer_bytes();
+    Ok(arena.take(len + BEHIND)?.range(0..len))
 }
 
 /// The pools, in GPU memory.
@@ -123,13 +124,16 @@ pub(crate) struct KvPools {
     pub(crate) local: Option<Pool>,
     /// For each layer, whether its KV is in the local pool, and which of that pool's layers it is.
     layers: Vec<(bool, usize)>,
+    path: Path,
+    attention: AttentionModel,
+    unpacked: Option<u32>,
 }
 
 /// KV blocks of some layers, and the kernels that read them.
 pub(crate) struct Pool {
     pub(crate) shape: KvShape,
     /// `[layers][blocks]…`, see [`KvShape`].
-    pub(crate) cache: Slice<bf16>,
+    pub(crate) cache: Slice<u8>,
     pub(crate) attention: Attention,
 }
 
@@ -142,8 +146,7 @@ impl KvPools {
     ) -> Result<Self, CudaError> {
         let mut pool = |blocks: u32, layers: usize| {
             let shape = plan.shape(blocks);
-            let (len, behind) = (layers * shape.layer_len(), BEHIND / size_of::<bf16>());
-            let cache = arena.take(len + behind)?.range(0..len);
+            let cache = take(arena, &shape, layers)?;
             let model = AttentionModel {
                 shape,
                 ..plan.attention
@@ -168,7 +171,40 @@ impl KvPools {
             main,
             local: local.transpose()?,
             layers: layers.collect(),
+            path,
+            attention: plan.attention,
+            unpacked: plan.unpacked,
         })
+    }
+
+    /// Bytes that [`take_unpacked`](Self::take_unpacked) takes.
+    pub(crate) fn unpacked_bytes(&self) -> u64 {
+        let blocks = self.unpacked.unwrap_or(0);
+        room(&self.attention.shape.with(KvDtype::Bf16, blocks), 1)
+    }
+
+    /// Where a lane unpacks codes, if there are any.
+    pub(crate) fn take_unpacked(&self, arena: &mut Arena) -> Result<Option<Unpacked>, CudaError> {
+        let unpacked = self.unpacked.map(|blocks| {
+            let shape = self.attention.shape.with(KvDtype::Bf16, blocks);
+            let model = AttentionModel {
+                shape,
+                ..self.attention
+            };
+            let memory = take(arena, &shape, 1)?;
+            let device = arena.device();
+            Ok(Unpacked {
+                kernel: UnpackBlocks::load(device)?,
+                memory,
+                attention: Attention::load(device, self.path, model, memory)?,
+            })
+        });
+        unpacked.transpose()
+    }
+
+    /// How many blocks a lane can unpack at a time, if there are codes.
+    pub(crate) fn unpacked_blocks(&self) -> Option<u32> {
+        self.unpacked
     }
 
     /// Whether a layer's KV is in the local pool.
@@ -182,4 +218,81 @@ impl KvPools {
         let local = self.local.as_ref().filter(|_| is_local);
         (local.unwrap_or(&self.main), index)
     }
+}
+
+/// One layer's KV of a few sequences in bfloat16: what prompts see of a cache of codes, which they read too
+/// often to unpack it each time.
+pub(crate) struct Unpacked {
+    kernel: UnpackBlocks,
+    memory: Slice<u8>,
+    /// Reads them.
+    pub(crate) attention: Attention,
+}
+
+/// Blocks of codes that a lane unpacks at a time: the longest sequence's, and those of a step of short ones.
+fn unpacked_blocks(shape: &KvShape, max_seq_len: u32, max_batch_tokens: u32) -> Option<u32> {
+    let longest = max_seq_len.div_ceil(shape.block_size);
+    let blocks = longest + max_batch_tokens.div_ceil(shape.block_size);
+    shape.is_packed().then_some(blocks)
+}
+
+/// Bytes that unpacked blocks take in each lane.
+pub(crate) fn unpacked_bytes(shape: &KvShape, max_seq_len: u32, max_batch_tokens: u32) -> u64 {
+    let blocks = unpacked_blocks(shape, max_seq_len, max_batch_tokens);
+    blocks.map_or(0, |blocks| room(&shape.with(KvDtype::Bf16, blocks), 1))
+}
+
+impl Unpacked {
+    /// Fills it with blocks of a layer of a pool, in this order.
+    ///
+    /// # Safety
+    /// The blocks exist; all memory is alive until that has run.
+    pub(crate) unsafe fn fill(
+        &self,
+        stream: &Stream,
+        pool: &Pool,
+        layer: usize,
+        blocks: Slice<u32>,
+    ) -> Result<(), CudaError> {
+        let (kernel, Pool { shape, cache, .. }) = (&self.kernel, pool);
+        // SAFETY: the caller vouches for it.
+        unsafe { kernel.launch(stream, shape, *cache, layer, blocks, self.memory) }
+    }
+}
+
+/// Bytes that [`common_keys`] takes at most.
+pub(crate) fn common_key_bytes(model: &ModelConfig) -> u64 {
+    model.layers as u64 * Arena::room_for::<f32>(model.kv_width())
+}
+
+/// For each layer what all its keys have in common, and the cache need not hold: the part of their bias
+/// that hardly turns (see [`spate_model::Rotation::common_part`]). Qwen 2's biases can be a hundred times
+/// as large as what tells keys apart, which few bits can't show beside them.
+pub(crate) fn common_keys(
+    model: &ModelConfig,
+    weights: &Weights<Matrix, Slice<f32>>,
+    max_seq_len: usize,
+    stream: &Stream,
+    arena: &mut Arena,
+) -> Result<Vec<Option<Slice<f32>>>, CudaError> {
+    let mut keys = vec![0.0; model.kv_width()];
+    let layers = weights.layers.iter().enumerate().map(|(layer, weights)| {
+        // A norm after the bias leaves no constant part.
+        let Some(bias) = weights.qkv.bias.filter(|_| !model.qk_norm) else {
+            return Ok(None);
+        };
+        let bias = bias.range(model.q_width()..model.q_width() + model.kv_width());
+        let on_gpu = arena.take(keys.len())?;
+        // SAFETY: the copy has run when `synchronize` returns; the arenas are alive.
+        unsafe { stream.download(bias, &mut keys)? };
+        stream.synchronize()?;
+        let rope = model.rope(layer);
+        let rotation = rope.rotation(max_seq_len);
+        rotation.common_part(&mut keys, model.head_dim, rope.pairing, max_seq_len);
+        // SAFETY: as above.
+        unsafe { stream.upload(&keys, on_gpu)? };
+        stream.synchronize()?;
+        Ok(Some(on_gpu))
+    });
+    layers.collect()
 }

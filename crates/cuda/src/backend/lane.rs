@@ -344,6 +344,7 @@ fn describe<'a>(shared: &'a Shared, slots: &Slots, max_works: usize) -> Describe
         attention: &shared.pools.main.attention,
         max_works,
         block_size: shared.pools.main.shape.block_size,
+        unpacked: shared.pools.unpacked_blocks(),
         local: local.map(|local| LocalTables {
             window: local.window as u32,
             further,

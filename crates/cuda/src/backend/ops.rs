@@ -4,10 +4,10 @@ use std::sync::Arc;
 use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
-use super::kv::{KvPools, Pool};
+use super::kv::{KvPools, Pool, Unpacked};
 use super::loader::{Matrix, Stored};
 use super::masks::Masks;
-use super::step::Step;
+use super::step::{PromptStep, Step};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
@@ -56,6 +56,8 @@ pub(crate) struct Shared {
     pub(crate) slots: SlotMemory,
     /// Rotation of layers that see everything, and of those with a window.
     pub(crate) rotations: [Option<Rates>; 2],
+    /// For each layer what is taken from every key, see [`super::kv::common_keys`].
+    pub(crate) common_keys: Vec<Option<Slice<f32>>>,
     /// Most tokens of a step.
     pub(crate) max_tokens: usize,
     /// Longest sequence.
@@ -89,6 +91,8 @@ pub(crate) struct CudaOps {
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
     decode: DecodeScratch,
+    /// What prompts read, if the cache has codes.
+    unpacked_kv: Option<Unpacked>,
     /// Unpacked weights.
     unpacked: Slice<bf16>,
     /// Hidden states of a tile of wanted positions.
@@ -129,6 +133,7 @@ impl Shared {
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
             + self.pools.main.attention.scratch_bytes(max_works)
+            + self.pools.unpacked_bytes()
             + Arena::room_for::<bf16>(self.scratch)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
@@ -152,6 +157,7 @@ impl CudaOps {
         let n = shared.max_tokens;
         let attention = &shared.pools.main.attention;
         let decode = attention.take_scratch(&mut arena, max_works)?;
+        let unpacked_kv = shared.pools.take_unpacked(&mut arena)?;
         let rotations = [
             arena.take(2 * n * shared.pairs(0))?,
             arena.take(2 * n * shared.pairs(1))?,
@@ -174,6 +180,7 @@ impl CudaOps {
             arena,
             rotations,
             decode,
+            unpacked_kv,
             unpacked,
             picked,
             logits,
@@ -356,6 +363,7 @@ impl Ops for CudaOps {
                 pool_layer,
                 norms,
                 rotations,
+                s.common_keys[layer],
                 places,
                 qkv.data,
                 pool.cache,
@@ -370,7 +378,8 @@ impl Ops for CudaOps {
         qkv: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let (Pool { attention, .. }, pool_layer) = self.shared.pools.of(layer);
+        let (pool, pool_layer) = self.shared.pools.of(layer);
+        let Pool { attention, .. } = pool;
         let lists = match self.shared.config.window(layer) {
             Some(_) => step
                 .local
@@ -380,8 +389,15 @@ impl Ops for CudaOps {
         };
         // SAFETY: see above. Steps of a lane run one after another, so the scratch is theirs.
         unsafe {
-            if let Some(prompts) = &lists.prompts {
-                attention.prefill(&self.stream, prompts, pool_layer, qkv.data, out.data)?;
+            for PromptStep { blocks, step } in &lists.prompts {
+                let (attention, layer) = match &self.unpacked_kv {
+                    Some(unpacked) => {
+                        unpacked.fill(&self.stream, pool, pool_layer, *blocks)?;
+                        (&unpacked.attention, 0)
+                    }
+                    None => (attention, pool_layer),
+                };
+                attention.prefill(&self.stream, step, layer, qkv.data, out.data)?;
             }
             for decode in &lists.decodes {
                 let scratch = &self.decode;

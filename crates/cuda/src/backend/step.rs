@@ -1,5 +1,5 @@
 use spate_executor::{Batch, BlockCopy, Input, Row, Ticket};
-use spate_types::BlockId;
+use spate_types::{BlockId, BlockIds, LocalBlocks};
 
 use super::packer::Packer;
 use super::slots::Slots;
@@ -24,7 +24,7 @@ pub(crate) struct HostStep {
     /// Index of each row's last token; the slot whose last token is its input, or [`NONE`].
     rows: Vec<u32>,
     /// Rows with given tokens: prompts, whole or in chunks.
-    prompts: Vec<Sequence>,
+    prompts: Vec<Prompt>,
     /// Rows that go on from the last sampled token.
     decodes: Vec<Sequence>,
     pub(crate) wants: Vec<Want>,
@@ -39,13 +39,28 @@ pub(crate) struct HostStep {
     local: Option<HostLists>,
 }
 
+#[derive(Debug)]
+struct Prompt {
+    sequence: Sequence,
+    blocks: BlockIds,
+    local: LocalBlocks,
+}
+
 /// The attention work of a step, for one window.
 #[derive(Debug, Default)]
 struct HostLists {
     window: Option<u32>,
-    prompts: Vec<Work>,
+    /// Several if they would need too much room to be unpacked.
+    prompts: Vec<PromptList>,
     /// Several if one would need too much scratch memory.
     decodes: Vec<WorkList>,
+}
+
+#[derive(Debug, Default)]
+struct PromptList {
+    work: Vec<Work>,
+    /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
+    unpacked: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 #[derive(Debug, Default)]
@@ -77,9 +92,16 @@ pub(crate) struct Step {
 
 /// The attention work of a step, for one window.
 pub(crate) struct AttentionLists {
-    pub(crate) prompts: Option<AttentionStep>,
+    pub(crate) prompts: Vec<PromptStep>,
     /// Several if one would need too much scratch memory.
     pub(crate) decodes: Vec<AttentionStep>,
+}
+
+/// Attention of prompts.
+pub(crate) struct PromptStep {
+    /// What is unpacked before, of a cache of codes.
+    pub(crate) blocks: Slice<u32>,
+    pub(crate) step: AttentionStep,
 }
 
 /// What the description of a step depends on.
@@ -88,6 +110,8 @@ pub(crate) struct Describe<'a> {
     /// Work that fits into the decode scratch.
     pub(crate) max_works: usize,
     pub(crate) block_size: u32,
+    /// Blocks that can be unpacked at a time, if the cache has codes.
+    pub(crate) unpacked: Option<u32>,
     /// Of the layers that have a window, if there are any.
     pub(crate) local: Option<LocalTables>,
 }
@@ -155,7 +179,11 @@ impl HostStep {
         let from_last = match &row.input {
             Input::Tokens(tokens) => {
                 self.tokens.extend(tokens);
-                self.prompts.push(sequence);
+                self.prompts.push(Prompt {
+                    sequence,
+                    blocks: row.blocks.clone(),
+                    local: row.local.clone(),
+                });
                 NONE
             }
             Input::Last => {
@@ -197,21 +225,24 @@ impl HostStep {
             Some(local) => (Some(local.window), local.further),
             None => (None, 0),
         };
-        let in_pool = |of: &[Sequence]| -> Vec<Sequence> {
-            let moved = |s: &Sequence| Sequence {
-                table: s.table + further,
-                ..*s
-            };
-            of.iter().map(moved).collect()
+        let in_pool = |s: &Sequence| Sequence {
+            table: s.table + further,
+            ..*s
         };
-        let (prompts, decodes) = (in_pool(&self.prompts), in_pool(&self.decodes));
+        let decodes: Vec<Sequence> = self.decodes.iter().map(in_pool).collect();
         let mut lists = HostLists {
             window,
             ..HostLists::default()
         };
-        if !prompts.is_empty() {
-            d.attention
-                .prefill_work(&prompts, window, &mut lists.prompts);
+        match d.unpacked {
+            _ if self.prompts.is_empty() => {}
+            Some(room) => lists.prompts = self.unpacked_prompts(d, local, room),
+            None => {
+                let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
+                let (prompts, mut list) = (prompts.collect::<Vec<_>>(), PromptList::default());
+                d.attention.prefill_work(&prompts, window, &mut list.work);
+                lists.prompts.push(list);
+            }
         }
         let mut rest = &decodes[..];
         while !rest.is_empty() {
@@ -229,6 +260,62 @@ impl HostStep {
                 work,
             });
             rest = &rest[count..];
+        }
+        lists
+    }
+
+    /// Prompts that read unpacked blocks: as many at a time as there is room for.
+    fn unpacked_prompts(
+        &self,
+        d: &Describe<'_>,
+        local: Option<LocalTables>,
+        room: u32,
+    ) -> Vec<PromptList> {
+        let window = local.map(|local| local.window);
+        let own_pool = local.is_some_and(|local| local.further > 0);
+        let (mut lists, mut rest) = (Vec::new(), &self.prompts[..]);
+        while !rest.is_empty() {
+            let (mut sequences, mut blocks, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+            for Prompt {
+                sequence,
+                blocks: main,
+                local,
+            } in rest
+            {
+                let end = (sequence.position + sequence.tokens).div_ceil(d.block_size);
+                let hidden = window.map_or(0, |w| (sequence.position + 1).saturating_sub(w));
+                let seen = hidden / d.block_size..end;
+                if blocks.len() + seen.len() > room as usize {
+                    break;
+                }
+                sequences.push(Sequence {
+                    table: tables.len() as u32,
+                    ..*sequence
+                });
+                // What is hidden is not read.
+                tables.resize(tables.len() + seen.start as usize, 0);
+                for i in seen.start as usize..seen.end as usize {
+                    tables.push(blocks.len() as u32);
+                    let BlockId(block) = match own_pool {
+                        true => local
+                            .get(i)
+                            .expect("the contract checked that it is covered"),
+                        false => main[i],
+                    };
+                    blocks.push(block);
+                }
+            }
+            assert!(
+                !sequences.is_empty(),
+                "there is room for the longest sequence"
+            );
+            let mut work = Vec::new();
+            d.attention.prefill_work(&sequences, window, &mut work);
+            lists.push(PromptList {
+                work,
+                unpacked: Some((blocks, tables)),
+            });
+            rest = &rest[sequences.len()..];
         }
         lists
     }
@@ -253,6 +340,9 @@ impl HostStep {
             self.tokens.push(0);
             self.positions.push(0);
             self.places.push(NOWHERE);
+            if d.local.is_some_and(|local| local.further > 0) {
+                self.local_places.push(NOWHERE);
+            }
             self.rows.extend([row, NONE]);
             self.picks.push(row);
             self.wants.push(Want {
@@ -303,7 +393,7 @@ impl HostStep {
 
 impl HostLists {
     fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
-        let mut pack = |work: &[Work], count: u32| {
+        let pack = |packer: &mut Packer, tables, work: &[Work], count: u32| {
             Ok::<_, CudaError>(AttentionStep {
                 tables,
                 work: packer.put(work)?,
@@ -311,15 +401,22 @@ impl HostLists {
                 window: self.window,
             })
         };
-        let prompts = match &self.prompts[..] {
-            [] => None,
-            work => Some(pack(work, work.len() as u32)?),
+        let mut lists = AttentionLists {
+            prompts: Vec::new(),
+            decodes: Vec::new(),
         };
-        let decodes = self.decodes.iter().map(|list| pack(&list.work, list.count));
-        Ok(AttentionLists {
-            prompts,
-            decodes: decodes.collect::<Result<_, _>>()?,
-        })
+        for PromptList { work, unpacked } in &self.prompts {
+            let (blocks, tables) = match unpacked {
+                Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
+                None => (Slice::null(), tables),
+            };
+            let step = pack(packer, tables, work, work.len() as u32)?;
+            lists.prompts.push(PromptStep { blocks, step });
+        }
+        for WorkList { work, count } in &self.decodes {
+            lists.decodes.push(pack(packer, tables, work, *count)?);
+        }
+        Ok(lists)
     }
 }
 

@@ -13,6 +13,7 @@ mod copy_blocks;
 mod embed;
 mod gemm;
 mod gemm_sm90a;
+mod kv;
 mod packed;
 mod packed_sm90a;
 mod rope;
@@ -29,9 +30,10 @@ pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
 pub use gemm_sm90a::GemmHopper;
+pub use kv::{KvDtype, KvShape, UnpackBlocks};
 pub use packed::{Form, Pack, Packed};
 pub use packed_sm90a::PackedHopper;
-pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
+pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
     Top, Want,

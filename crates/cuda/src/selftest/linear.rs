@@ -34,6 +34,36 @@ pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     Ok(reports)
 }
 
+/// What the sanitizer, which runs a thousand times slower, gets through: every kernel once or twice.
+pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let portable = GemmPortable::load(lab.device())?;
+    let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
+    let mut errors = Vec::new();
+    for tokens in [3, 13, 30, 60, 130, 257, 300] {
+        for outputs in [72, 200, 264] {
+            lab.clear()?;
+            let case = Case::new(lab, tokens, outputs, 200)?;
+            for path in [Path::Portable, Path::best(lab.device())] {
+                let out = lab.output::<bf16>(case.out_len())?;
+                let product = Product {
+                    out: Output::Bf16(out.slice),
+                    ..case.product
+                };
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe {
+                    match path {
+                        Path::Portable => portable.launch(&lab.stream, &product)?,
+                        Path::Hopper => linear.launch(&lab.stream, &product)?,
+                    }
+                }
+                let got: Vec<f64> = lab.read(out)?.iter().map(|x| x.to_f64()).collect();
+                errors.push(case.error(lab, &got));
+            }
+        }
+    }
+    Ok(vec![lab.report("small products", &errors, LIMIT_BF16)])
+}
+
 /// A product with everything that it needs.
 struct Case {
     product: Product,

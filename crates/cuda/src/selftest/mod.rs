@@ -6,6 +6,7 @@
 
 mod attention;
 mod elementwise;
+mod kv;
 mod lab;
 mod linear;
 mod packed;
@@ -28,10 +29,16 @@ const CHECKS: &[(&str, Check)] = &[
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
     ("packed", packed::packed),
-    ("attention", attention::attention),
+    ("small products", linear::small),
+    ("small packed products", packed::small),
+    ("attention 64", attention::attention::<64>),
+    ("attention 96", attention::attention::<96>),
+    ("attention 128", attention::attention::<128>),
+    ("attention 256", attention::attention::<256>),
     ("speed: matrices", linear::throughput),
     ("speed: quantised", packed::throughput),
     ("speed: heads", attention::throughput),
+    ("speed: heads, 8-bit KV", attention::packed_throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),

@@ -61,6 +61,28 @@ pub(super) fn packed(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     Ok(reports)
 }
 
+/// What the sanitizer, which runs a thousand times slower, gets through: every kernel for one form.
+pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let (paths, pack) = (paths(lab)?, Pack::load(lab.device())?);
+    let mut case = Case {
+        rows: 0,
+        cols: 288,
+        weights: Vec::new(),
+        parts: Vec::new(),
+    };
+    for (format, rows) in [(FORMATS[1], 128), (FORMATS[7], 72)] {
+        case.add(lab, &pack, format, rows)?;
+    }
+    let table = case.unpack(lab, &paths[0].1)?;
+    let wrong = case.embed(lab, &paths[0].1, &table)?;
+    let (mut products, mut differ) = (Vec::new(), vec![wrong]);
+    case.products(lab, &paths, &table, &mut products, &mut differ)?;
+    Ok(vec![
+        lab.report("small packed products", &products, 1e-4),
+        lab.report("small packed products, same bits", &differ, 0.0),
+    ])
+}
+
 /// A matrix whose rows are of one format or of two.
 struct Case {
     rows: usize,

@@ -290,11 +290,12 @@ async fn e10_a_lost_device_turns_everything_red() {
 
 #[tokio::test]
 async fn e10_a_hung_step_turns_everything_red() {
-    let mut hung = Options::default();
-    hung.sim.hang_after = Some(5);
+    // Late enough for both requests to be running.
+    let mut hung = Options::default().step_time(millis(20));
+    hung.sim.hang_after = Some(25);
     // A call into the driver that never returns: the engine thread can't say so itself.
-    let mut stuck = Options::default();
-    stuck.sim.stuck_after = Some(5);
+    let mut stuck = Options::default().step_time(millis(20));
+    stuck.sim.stuck_after = Some(25);
     for options in [hung, stuck] {
         let server = start(options).await;
         let streaming = spawn_post(&server, &streamed(long(100)));

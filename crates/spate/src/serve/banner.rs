@@ -5,6 +5,8 @@ use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use spate_executor::LocalKv;
+
 use super::load::Summary;
 use crate::settings::units::format_size;
 use crate::settings::{LogFormat, Origin, SETTINGS, Settings};
@@ -70,6 +72,12 @@ impl Banner<'_> {
                 self.settings.max_queue
             ),
         );
+        if let Some(LocalKv { window, blocks }) = capacity.local {
+            line(
+                "",
+                format!("{blocks} more KV blocks for layers that see the last {window} tokens"),
+            );
+        }
         for (i, words) in self.settings_lines().into_iter().enumerate() {
             line(if i == 0 { "settings" } else { "" }, words);
         }

@@ -80,6 +80,7 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
 
     let Loaded {
         executor,
+        device,
         sizes,
         description,
         memory,
@@ -107,7 +108,7 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         architecture: config.architecture,
         has_template: text.template.is_some(),
         backend: description,
-        memory,
+        memory: memory.clone(),
         device_memory,
         capacity,
         sizes,
@@ -127,6 +128,8 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         max_model_len,
         defaults: text.defaults,
         fingerprint: fingerprint(&opened.files())?,
+        device,
+        memory,
     };
     Ok((model, summary))
 }

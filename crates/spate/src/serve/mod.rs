@@ -4,6 +4,8 @@ mod banner;
 mod load;
 mod logging;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod text;
 mod vocab;
 
@@ -26,8 +28,8 @@ use signals::Signals;
 /// How long clients have to read why the daemon failed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// How long a failed process may take to end after that: a driver's own clean-up can wait forever
-/// for a GPU that hangs.
+/// How long a failed process may take to end by itself: a driver's own clean-up can wait forever for
+/// a GPU that hangs.
 const LAST_RESORT: Duration = Duration::from_secs(5);
 
 /// Serve a model over HTTP
@@ -70,7 +72,14 @@ pub(crate) async fn run(args: ServeArgs) -> Result<()> {
         startup: started.elapsed(),
     };
     banner.show();
-    daemon.run_until(&mut signals, &engine).await
+    let outcome = daemon.run_until(&mut signals, &engine).await;
+    if outcome.is_err() {
+        std::thread::spawn(|| {
+            std::thread::sleep(LAST_RESORT);
+            std::process::abort();
+        });
+    }
+    outcome
 }
 
 /// A server in this process for `spate chat`.
@@ -176,10 +185,6 @@ impl Daemon {
         };
         if let Some(failure) = failure {
             tracing::error!("{failure:#}");
-            std::thread::spawn(|| {
-                std::thread::sleep(LAST_WORDS + LAST_RESORT);
-                std::process::abort();
-            });
             // The streams have their error by now; a moment to write it to the sockets.
             let _cut_off = tokio::time::timeout(LAST_WORDS, self.drain()).await;
             return Err(failure);
