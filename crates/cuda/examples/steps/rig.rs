@@ -163,9 +163,13 @@ impl Rig {
 
     /// One token of each of some sequences.
     pub(crate) fn decode(&mut self, which: &[usize]) -> Result<Duration> {
+        self.decode_on(Lane::Main, which)
+    }
+
+    pub(crate) fn decode_on(&mut self, lane: Lane, which: &[usize]) -> Result<Duration> {
         let rows = which.iter().map(|&i| self.sequences[i].decode_row());
         let rows = rows.collect();
-        self.submit(Lane::Main, which.to_vec(), rows)
+        self.submit(lane, which.to_vec(), rows)
     }
 
     /// Waits for a step, keeps its outputs, and says on which lane it was.

@@ -82,18 +82,22 @@ fn fill(rig: &mut Rig, rows: u32, prompt: u32, room: u32) -> Result<()> {
 
 /// Decodes all sequences, two steps in flight.
 fn run(rig: &mut Rig, steps: usize) -> Result<Series> {
+    run_on(Lane::Main, rig, steps)
+}
+
+fn run_on(lane: Lane, rig: &mut Rig, steps: usize) -> Result<Series> {
     let which: Vec<usize> = (0..rig.sequences.len()).collect();
     let mut series = Series::default();
     let start = Instant::now();
     let mut before = None;
     for step in 0..steps + 1 {
         if step < steps {
-            series.submit.push(rig.decode(&which)?);
+            series.submit.push(rig.decode_on(lane, &which)?);
         }
         if step > 0 {
             let (_, done) = rig.wait()?;
             series.busy.push(done.busy);
-            let ran = rig.executor.last_step(Lane::Main).context("a main lane")?;
+            let ran = rig.executor.last_step(lane).context("a lane")?;
             if let Some(before) = before.replace(ran.end) {
                 let idle = ran.start.saturating_sub(before);
                 series.idle.push(Duration::from_nanos(idle));
@@ -233,6 +237,19 @@ fn beside(rig: &mut Rig, overlap: Overlap, prompt: u32) -> Result<()> {
     );
     let long = rig.sequences.pop().context("it was added last")?;
     rig.executor.release(long.slot);
+    Ok(())
+}
+
+/// Decode steps on a part of the GPU while nothing runs on the rest.
+pub(crate) fn part(directory: &Path) -> Result<()> {
+    for rest in [84, 100, 116] {
+        let overlap = Overlap::DecodeSms(rest);
+        let mut rig = open(directory, Load { overlap, ..OFF })?;
+        fill(&mut rig, 16, CONTEXT, 128)?;
+        run_on(Lane::Prefill, &mut rig, 5)?;
+        let series = run_on(Lane::Prefill, &mut rig, STEPS)?;
+        println!("  all but {rest} SMs: {:.2} ms", ms(median(series.busy)));
+    }
     Ok(())
 }
 
