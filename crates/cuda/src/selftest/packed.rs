@@ -267,6 +267,54 @@ impl Case {
             }
         }
         lab.read(scratch)?;
+        self.rounded(lab, &paths[0].1, (on_x, on_bias), stride, &all, differ)
+    }
+
+    /// Shares of bfloat16 outputs that are not those of `all`, rounded.
+    fn rounded(
+        &self,
+        lab: &mut Lab,
+        linear: &Linear,
+        (x, bias): (Slice<bf16>, Slice<f32>),
+        stride: usize,
+        all: &[f32],
+        differ: &mut Vec<f64>,
+    ) -> Result<(), CudaError> {
+        let most = all.len() / self.rows;
+        let tiles = linear.packed_hopper().map_or(0, |_| PackedHopper::TILES);
+        for way in std::iter::once(None).chain((0..tiles).map(Some)) {
+            for tokens in [7, 100, most] {
+                let out = lab.output::<bf16>((tokens - 1) * stride + self.rows)?;
+                let product = Product {
+                    tokens,
+                    outputs: self.rows,
+                    inputs: self.cols,
+                    x,
+                    weights: Slice::null(),
+                    fresh_weights: false,
+                    bias: Some(bias),
+                    out: Output::Bf16(out.slice),
+                    stride,
+                };
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe {
+                    match way {
+                        None => linear.multiply(&lab.stream, &self.parts, &product)?,
+                        Some(tile) => {
+                            linear.multiply_with(tile, &lab.stream, &self.parts, &product)?;
+                        }
+                    }
+                }
+                let got = lab.read(out)?;
+                let gaps = got.chunks(stride).filter_map(|row| row.get(self.rows..));
+                let rows = got.chunks(stride).flat_map(|row| &row[..self.rows]);
+                let wrong = rows.zip(all).filter(|(a, b)| **a != bf16::from_f32(**b));
+                differ.push(match gaps.flatten().any(|x| x.to_bits() != u16::MAX) {
+                    true => f64::INFINITY,
+                    false => wrong.count() as f64 / (tokens * self.rows) as f64,
+                });
+            }
+        }
         Ok(())
     }
 
