@@ -8,11 +8,13 @@ use crate::kernels::{Form, GemmHopper, GemmPortable, Packed, PackedHopper, Path,
 /// are enough for a product that keeps all tensor cores busy.
 const TILE: usize = 32 << 20;
 
-/// Bytes that memory moves in a cycle of Hopper's SMs.
-const BYTES_PER_CYCLE: usize = 1700;
-
-/// The most tokens for which the portable kernels are faster without unpacking.
+/// The most tokens for which the portable kernels are faster without unpacking. Hopper's always are.
 const PORTABLE_TOKENS: usize = 64;
+
+/// Of so few tokens and so many outputs Hopper, too, computes products with the portable kernel, whose many
+/// small tiles wait for memory less.
+const FEW_TOKENS: usize = 8;
+const MANY_OUTPUTS: usize = 16 << 10;
 
 /// Rows of a quantised matrix, all in one form. A handle.
 #[derive(Debug, Clone, Copy)]
@@ -87,13 +89,21 @@ impl Linear {
         }
     }
 
-    /// Scratch memory of a product with a quantised matrix: what is unpacked at a time.
-    pub fn scratch_len(rows: usize, cols: usize) -> usize {
-        rows.next_multiple_of(Form::ROWS).min(tile_rows(cols)) * cols
+    /// Hopper's kernels for quantised weights.
+    pub(crate) fn packed_hopper(&self) -> Option<&PackedHopper> {
+        self.hopper.as_ref().map(|hopper| &hopper.packed)
+    }
+
+    /// Scratch memory of a product with a quantised matrix: what is unpacked at a time, if anything is.
+    pub fn scratch_len(path: Path, rows: usize, cols: usize) -> usize {
+        match path {
+            Path::Portable => rows.next_multiple_of(Form::ROWS).min(tile_rows(cols)) * cols,
+            Path::Hopper => 0,
+        }
     }
 
     /// Computes a product with quantised weights, which lie one part after the other, in the place of its
-    /// own. For many tokens they are unpacked, piece by piece, into `scratch`; see
+    /// own. Where that is faster they are unpacked, piece by piece, into `scratch`; see
     /// [`scratch_len`](Self::scratch_len).
     ///
     /// # Errors
@@ -113,29 +123,11 @@ impl Linear {
     ) -> Result<(), CudaError> {
         // SAFETY: the caller vouches for what both ask for.
         unsafe {
-            match self.unpacks(stream, parts, product) {
-                false => self.multiply(stream, parts, product),
-                true => self.unpack_and_multiply(stream, parts, product, scratch),
+            match self.hopper.is_some() || product.tokens <= PORTABLE_TOKENS {
+                true => self.multiply(stream, parts, product),
+                false => self.unpack_and_multiply(stream, parts, product, scratch),
             }
         }
-    }
-
-    /// Whether it is faster to unpack the weights first.
-    fn unpacks(&self, stream: &Stream, parts: &[PackedPart], product: &Product) -> bool {
-        let Some(hopper) = &self.hopper else {
-            return product.tokens > PORTABLE_TOKENS;
-        };
-        let read: usize = parts.iter().map(|part| part.data.len()).sum();
-        let written = 2 * product.outputs * product.inputs;
-        let unpack = (read + written) / BYTES_PER_CYCLE;
-        let unpacked = unpack + hopper.gemm.cycles(stream, product);
-        let mut first = 0;
-        let packed = parts.iter().map(|part| {
-            let product = product.part(first..first + part.rows);
-            first += part.rows;
-            hopper.packed.cycles(stream, &product)
-        });
-        packed.sum::<usize>() > unpacked
     }
 
     /// Without unpacking.
@@ -157,10 +149,31 @@ impl Linear {
             // SAFETY: the caller vouches for what both ask for.
             unsafe {
                 match &self.hopper {
-                    Some(hopper) => hopper.packed.multiply(stream, part, &product)?,
-                    None => self.packed.multiply(stream, part, &product)?,
+                    Some(hopper) if !suits_portable(&product) => {
+                        hopper.packed.multiply(stream, part, &product)?;
+                    }
+                    _ => self.packed.multiply(stream, part, &product)?,
                 }
             }
+            first += part.rows;
+        }
+        Ok(())
+    }
+
+    /// With one of Hopper's tiles, for tests. The rest as [`multiply`](Self::multiply).
+    pub(crate) unsafe fn multiply_with(
+        &self,
+        tile: usize,
+        stream: &Stream,
+        parts: &[PackedPart],
+        product: &Product,
+    ) -> Result<(), CudaError> {
+        let hopper = self.packed_hopper().expect("tiles are Hopper's");
+        let mut first = 0;
+        for part in parts {
+            let product = product.part(first..first + part.rows);
+            // SAFETY: the caller vouches for it.
+            unsafe { hopper.multiply_with(tile, stream, part, &product)? };
             first += part.rows;
         }
         Ok(())
@@ -210,6 +223,10 @@ impl Linear {
         }
         Ok(())
     }
+}
+
+fn suits_portable(product: &Product) -> bool {
+    product.tokens <= FEW_TOKENS && product.outputs >= MANY_OUTPUTS
 }
 
 /// Rows that are unpacked at a time.

@@ -100,7 +100,7 @@ impl CudaExecutor {
         let device = Device::open(config.device)?;
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let needs = WeightPlan::new(checkpoint, &model)?;
+        let needs = WeightPlan::new(checkpoint, &model, Path::best(&device))?;
         let weights_arena = Arena::new(&device, WEIGHTS, needs.bytes)?;
         let weight_bytes = weights_arena.size();
         let loader = CudaLoader::new(weights_arena)?;

@@ -8,7 +8,7 @@ use spate_model::{
 
 use crate::CudaError;
 use crate::driver::{Arena, Device, Event, Pinned, Plain, Priority, Slice, Stream};
-use crate::kernels::{Form, Pack};
+use crate::kernels::{Form, Pack, Path};
 use crate::linear::{Linear, PackedPart};
 
 /// Bytes of a staging buffer: of page-locked memory, and on the GPU.
@@ -97,11 +97,18 @@ pub(crate) struct WeightPlan {
 
 impl WeightPlan {
     /// Walks over the model as loading will, without reading its matrices.
-    pub(crate) fn new(checkpoint: &dyn Checkpoint, c: &ModelConfig) -> Result<Self, CudaError> {
-        let planner = Planner(Mutex::default());
+    pub(crate) fn new(
+        checkpoint: &dyn Checkpoint,
+        c: &ModelConfig,
+        path: Path,
+    ) -> Result<Self, CudaError> {
+        let planner = Planner {
+            path,
+            plan: Mutex::default(),
+        };
         Weights::load(checkpoint, c, &planner, 1, &mut |_| {}).map_err(load_error)?;
         Ok(planner
-            .0
+            .plan
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner))
     }
@@ -127,7 +134,10 @@ pub(crate) fn load_error(error: LoadError<CudaError>) -> CudaError {
     }
 }
 
-struct Planner(Mutex<WeightPlan>);
+struct Planner {
+    path: Path,
+    plan: Mutex<WeightPlan>,
+}
 
 impl Loader for Planner {
     type Matrix = ();
@@ -137,13 +147,13 @@ impl Loader for Planner {
     fn matrix(&self, source: MatrixSource<'_>) -> Result<(), CudaError> {
         let (rows, cols) = (padded_rows(&source), source.cols);
         let forms = forms(&source);
-        let mut plan = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
         plan.bytes += Arena::room_for::<u8>(matrix_bytes(&source));
         if source.bias.is_some() {
             plan.bytes += Arena::room_for::<f32>(rows);
         }
         if forms.is_some() {
-            plan.scratch = plan.scratch.max(Linear::scratch_len(rows, cols));
+            plan.scratch = plan.scratch.max(Linear::scratch_len(self.path, rows, cols));
         }
         for (i, part) in source.parts.iter().enumerate() {
             let bytes = match &forms {
@@ -156,7 +166,7 @@ impl Loader for Planner {
     }
 
     fn vector(&self, source: &[f32]) -> Result<(), CudaError> {
-        let mut plan = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
         plan.bytes += Arena::room_for::<f32>(source.len());
         Ok(())
     }

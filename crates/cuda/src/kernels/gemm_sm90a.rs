@@ -204,13 +204,6 @@ impl GemmHopper {
         unsafe { self.kernel(tile).launch(stream, shape, &(args,)) }
     }
 
-    /// Cycles that a product takes, not counting the weights' way from memory.
-    pub(crate) fn cycles(&self, stream: &Stream, product: &Product) -> usize {
-        let (tokens, outputs, sms) = (product.tokens, product.outputs, stream.sms());
-        let tile = Tile::choose(tokens, outputs, sms);
-        tile.cost(tokens, outputs, sms) * product.inputs.div_ceil(SLICE)
-    }
-
     fn kernel(&self, tile: &Tile) -> &Kernel {
         let (tiles, kernels) = match tile.weights {
             Side::A => (&FEW[..], &self.few),

@@ -8,11 +8,6 @@ use crate::linear::PackedPart;
 /// Columns of a slice.
 const SLICE: usize = 64;
 
-/// Cycles in which a warp unpacks a record, when it has its quarter of an SM for itself and when it
-/// shares it.
-const UNPACK_ALONE: usize = 300;
-const UNPACK_SHARED: usize = 160;
-
 /// A way to cut the product into tiles. They differ in speed only: see gemm_packed_sm90a.cu, whose
 /// `PackedShape` has the same parameters.
 #[derive(Debug)]
@@ -21,26 +16,32 @@ struct Tile {
     warpgroups: u32,
     slices: u32,
     stages: u32,
-    /// Blocks that share an SM.
-    blocks: u32,
+    /// Nanoseconds for a slice when 1, 2, … blocks share an SM, as many as fit: measured on the H100 with
+    /// 4-bit weights; the other forms are at most a fifth slower.
+    times: &'static [usize],
 }
 
-const fn tile(tokens: u32, warpgroups: u32, slices: u32, stages: u32, blocks: u32) -> Tile {
+const fn tile(
+    tokens: u32,
+    warpgroups: u32,
+    [slices, stages]: [u32; 2],
+    times: &'static [usize],
+) -> Tile {
     Tile {
         tokens,
         warpgroups,
         slices,
         stages,
-        blocks,
+        times,
     }
 }
 
-const TILES: [Tile; 5] = [
-    tile(16, 1, 2, 6, 2),
-    tile(64, 1, 2, 4, 2),
-    tile(64, 2, 1, 5, 2),
-    tile(128, 2, 1, 7, 1),
-    tile(256, 2, 1, 5, 1),
+const TILES: [Tile; PackedHopper::TILES] = [
+    tile(16, 1, [2, 6], &[290, 510]),
+    tile(64, 1, [2, 4], &[320, 460]),
+    tile(64, 2, [1, 5], &[580, 900]),
+    tile(128, 2, [1, 7], &[650]),
+    tile(256, 2, [1, 5], &[740]),
 ];
 
 impl Tile {
@@ -67,22 +68,23 @@ impl Tile {
         outputs.div_ceil(rows) * tokens.div_ceil(self.tokens as usize)
     }
 
-    /// Cycles for 64 k of all tiles.
+    /// Nanoseconds for 64 k of all tiles.
     fn cost(&self, tokens: usize, outputs: usize, sms: u32) -> usize {
-        // Of so many blocks on an SM.
-        let cycles = |blocks: usize| {
-            let warpgroups = blocks * self.warpgroups as usize;
-            let unpack = match warpgroups {
-                0 => 0,
-                1 => UNPACK_ALONE,
-                n => n * UNPACK_SHARED,
-            };
-            unpack.max(2 * self.tokens as usize * warpgroups)
+        let (count, sms, most) = (self.count(tokens, outputs), sms as usize, self.times.len());
+        let (rounds, rest) = (count / (sms * most), count % (sms * most));
+        let last = match rest.div_ceil(sms) {
+            0 => 0,
+            blocks => self.times[blocks - 1],
         };
-        let (count, sms) = (self.count(tokens, outputs), sms as usize);
-        let rounds = count / (sms * self.blocks as usize);
-        let rest = count % (sms * self.blocks as usize);
-        rounds * cycles(self.blocks as usize) + cycles(rest.div_ceil(sms))
+        rounds * self.times[most - 1] + last
+    }
+
+    /// The fastest. Several chunks of 16 tokens never are.
+    fn choose(tokens: usize, outputs: usize, sms: u32) -> usize {
+        let first = usize::from(tokens > TILES[0].tokens as usize);
+        let tiles = first..TILES.len();
+        let best = tiles.min_by_key(|&tile| TILES[tile].cost(tokens, outputs, sms));
+        best.expect("there are tiles")
     }
 }
 
@@ -112,6 +114,8 @@ pub struct PackedHopper {
 }
 
 impl PackedHopper {
+    pub(crate) const TILES: usize = 5;
+
     /// Loads the kernels.
     ///
     /// # Errors
@@ -134,13 +138,6 @@ impl PackedHopper {
         })
     }
 
-    /// Cycles that a product takes, not counting the weights' way from memory.
-    pub(crate) fn cycles(&self, stream: &Stream, product: &Product) -> usize {
-        let tile = choose(product, stream.sms());
-        let cost = TILES[tile].cost(product.tokens, product.outputs, stream.sms());
-        cost * product.inputs.div_ceil(SLICE)
-    }
-
     /// As [`Packed::multiply`](super::Packed::multiply).
     ///
     /// # Errors
@@ -158,12 +155,13 @@ impl PackedHopper {
         part: &PackedPart,
         product: &Product,
     ) -> Result<(), CudaError> {
-        let tile = choose(product, stream.sms());
+        let tile = Tile::choose(product.tokens, product.outputs, stream.sms());
         // SAFETY: the caller vouches for it.
         unsafe { self.multiply_with(tile, stream, part, product) }
     }
 
-    unsafe fn multiply_with(
+    /// With one of [`TILES`](Self::TILES) ways to cut it into tiles, for tests.
+    pub(crate) unsafe fn multiply_with(
         &self,
         which: usize,
         stream: &Stream,
@@ -201,7 +199,7 @@ impl PackedHopper {
             stride: product.stride as u32,
             padding: [0; 3],
         };
-        let most = (stream.sms() * tile.blocks) as usize;
+        let most = stream.sms() as usize * tile.times.len();
         let blocks = tile.count(tokens, outputs).min(most) as u32;
         let shape = Shape::new(blocks, tile.threads()).shared_bytes(tile.shared_bytes(part.form));
         let kernel = &self.kernels[part.form as usize][which];
@@ -209,11 +207,6 @@ impl PackedHopper {
         // rest.
         unsafe { kernel.launch(stream, shape, &(args,)) }
     }
-}
-
-fn choose(product: &Product, sms: u32) -> usize {
-    let cost = |&tile: &usize| TILES[tile].cost(product.tokens, product.outputs, sms);
-    (0..TILES.len()).min_by_key(cost).expect("there are tiles")
 }
 
 #[cfg(test)]
@@ -225,8 +218,26 @@ mod tests {
         for tile in &TILES {
             for (form, ..) in FORMS {
                 let bytes = tile.shared_bytes(form) + 1024;
-                assert!(bytes * tile.blocks <= 228 * 1024, "{form:?} {tile:?}");
+                let all = bytes as usize * tile.times.len();
+                assert!(all <= 228 * 1024, "{form:?} {tile:?}");
             }
         }
+    }
+
+    /// The fastest in measurements on the H100 (kernels/README.md).
+    #[test]
+    fn the_fastest_tile_is_chosen() {
+        let chosen = |tokens, outputs| {
+            let tile = &TILES[Tile::choose(tokens, outputs, 132)];
+            (tile.tokens, tile.warpgroups)
+        };
+        assert_eq!(chosen(1, 4096), (16, 1));
+        assert_eq!(chosen(32, 4096), (64, 1));
+        assert_eq!(chosen(256, 4096), (64, 1));
+        assert_eq!(chosen(512, 4096), (128, 2));
+        assert_eq!(chosen(1024, 4096), (256, 2));
+        assert_eq!(chosen(16, 28672), (64, 2));
+        assert_eq!(chosen(128, 28672), (128, 2));
+        assert_eq!(chosen(512, 28672), (256, 2));
     }
 }

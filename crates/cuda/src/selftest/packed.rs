@@ -6,7 +6,7 @@ use spate_model::quant::dequantize;
 
 use super::lab::{Lab, Report, distance};
 use crate::driver::{Slice, Stream};
-use crate::kernels::{Form, LAST, Output, Pack, Path, Product};
+use crate::kernels::{Form, LAST, Output, Pack, PackedHopper, Path, Product};
 use crate::{CudaError, Linear, PackedPart};
 
 /// Rounding of weights to bfloat16.
@@ -81,6 +81,16 @@ pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         lab.report("small packed products", &products, 1e-4),
         lab.report("small packed products, same bits", &differ, 0.0),
     ])
+}
+
+/// How a product is computed.
+#[derive(Clone, Copy)]
+enum Way {
+    /// As the number of tokens suggests, without unpacking.
+    Packed,
+    Unpack,
+    /// With one of Hopper's tiles.
+    Tile(usize),
 }
 
 /// A matrix whose rows are of one format or of two.
@@ -204,9 +214,9 @@ impl Case {
         let stride = self.rows + 8 * lab.below(3);
         let (x, bias) = (lab.bf16s(MOST * self.cols), lab.f32s(self.rows));
         let (on_x, on_bias) = (lab.upload(&x)?, lab.upload(&bias)?);
-        let scratch = Linear::scratch_len(self.rows, self.cols);
+        let scratch = Linear::scratch_len(Path::Portable, self.rows, self.cols);
         let scratch = lab.output::<bf16>(scratch)?;
-        let mut run = |linear: &Linear, tokens: usize, unpack: bool| {
+        let mut run = |linear: &Linear, tokens: usize, way: Way| {
             let len = (tokens - 1) * stride + self.rows;
             let out = lab.output::<f32>(len)?;
             let product = Product {
@@ -223,9 +233,12 @@ impl Case {
             // SAFETY: the arena is alive; the weights were waited for.
             unsafe {
                 let (stream, parts) = (&lab.stream, &self.parts[..]);
-                match unpack {
-                    true => linear.unpack_and_multiply(stream, parts, &product, scratch.slice)?,
-                    false => linear.multiply(stream, parts, &product)?,
+                match way {
+                    Way::Unpack => {
+                        linear.unpack_and_multiply(stream, parts, &product, scratch.slice)?;
+                    }
+                    Way::Packed => linear.multiply(stream, parts, &product)?,
+                    Way::Tile(tile) => linear.multiply_with(tile, stream, parts, &product)?,
                 }
             }
             let got = lab.read(out)?;
@@ -235,13 +248,15 @@ impl Case {
             let rows = got.chunks(stride).flat_map(|row| &row[..self.rows]);
             Ok::<_, CudaError>((rows.copied().collect::<Vec<f32>>(), written))
         };
-        let (all, _) = run(&paths[0].1, MOST, true)?;
+        let (all, _) = run(&paths[0].1, MOST, Way::Unpack)?;
         errors.push(self.error(&all, &x, &bias, table));
         let some = 1 + (all[0].to_bits() % 64) as usize;
         for tokens in [1, 8, 9, 16, some, 64, 65, 128, 200, 256, MOST] {
             for (_, linear) in paths {
-                for unpack in [false, true] {
-                    let (got, written) = run(linear, tokens, unpack)?;
+                let tiles = linear.packed_hopper().map_or(0, |_| PackedHopper::TILES);
+                let ways = [Way::Packed, Way::Unpack].into_iter();
+                for way in ways.chain((0..tiles).map(Way::Tile)) {
+                    let (got, written) = run(linear, tokens, way)?;
                     let pairs = got.iter().zip(&all);
                     let wrong = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                     differ.push(match written {
@@ -252,6 +267,54 @@ impl Case {
             }
         }
         lab.read(scratch)?;
+        self.rounded(lab, &paths[0].1, (on_x, on_bias), stride, &all, differ)
+    }
+
+    /// Shares of bfloat16 outputs that are not those of `all`, rounded.
+    fn rounded(
+        &self,
+        lab: &mut Lab,
+        linear: &Linear,
+        (x, bias): (Slice<bf16>, Slice<f32>),
+        stride: usize,
+        all: &[f32],
+        differ: &mut Vec<f64>,
+    ) -> Result<(), CudaError> {
+        let most = all.len() / self.rows;
+        let tiles = linear.packed_hopper().map_or(0, |_| PackedHopper::TILES);
+        for way in std::iter::once(None).chain((0..tiles).map(Some)) {
+            for tokens in [7, 100, most] {
+                let out = lab.output::<bf16>((tokens - 1) * stride + self.rows)?;
+                let product = Product {
+                    tokens,
+                    outputs: self.rows,
+                    inputs: self.cols,
+                    x,
+                    weights: Slice::null(),
+                    fresh_weights: false,
+                    bias: Some(bias),
+                    out: Output::Bf16(out.slice),
+                    stride,
+                };
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe {
+                    match way {
+                        None => linear.multiply(&lab.stream, &self.parts, &product)?,
+                        Some(tile) => {
+                            linear.multiply_with(tile, &lab.stream, &self.parts, &product)?;
+                        }
+                    }
+                }
+                let got = lab.read(out)?;
+                let gaps = got.chunks(stride).filter_map(|row| row.get(self.rows..));
+                let rows = got.chunks(stride).flat_map(|row| &row[..self.rows]);
+                let wrong = rows.zip(all).filter(|(a, b)| **a != bf16::from_f32(**b));
+                differ.push(match gaps.flatten().any(|x| x.to_bits() != u16::MAX) {
+                    true => f64::INFINITY,
+                    false => wrong.count() as f64 / (tokens * self.rows) as f64,
+                });
+            }
+        }
         Ok(())
     }
 
@@ -334,7 +397,7 @@ fn times(
     let x = lab.bf16s(most * inputs);
     let x = lab.upload(&x)?;
     let out = lab.output::<bf16>(most * outputs)?.slice;
-    let scratch = Linear::scratch_len(outputs, inputs);
+    let scratch = Linear::scratch_len(Path::Portable, outputs, inputs);
     let scratch = lab.output::<bf16>(scratch)?.slice;
     let mut reports = Vec::new();
     for tokens in TOKENS {
