@@ -22,7 +22,7 @@ const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
 /// a minimum multiply. One cache line.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
-pub(super) struct ActBlock {
+pub(crate) struct ActBlock {
     /// `q` in -127 ..= 127, four to a word, the first in the low byte.
     pub(super) words: [i32; BLOCK / 4],
     /// NaN if an activation was not finite: the whole row's results become NaN.
