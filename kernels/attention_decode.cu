@@ -11,17 +11,22 @@
 //
 // Launch: any number of blocks, at best as many as fit on the SMs; 32 * WARPS threads; SHARED_BYTES.
 // Each warp streams its tiles through a ring of its own, so nothing in the loop waits for another warp.
-// Roofline: 4 * head_dim bytes per position and key/value head.
+// Codes of 8 bits (kv_packed.cuh) become bfloat16 in shared memory before they are used.
+// Roofline: 2 * row_bytes per position and key/value head.
 #include "attention_mma.cuh"
+#include "kv_packed.cuh"
 #include "ptx.cuh"
 
 constexpr int TILE = 16, STAGES = 3;
 
-template <int HD>
+template <int HD, bool PACKED>
 struct Decode {
   static constexpr int WARPS = HD > 128 ? 2 : 4, THREADS = 32 * WARPS;
-  static constexpr int TILE_BYTES = TILE * HD * 2, STAGE = 2 * TILE_BYTES;
-  static constexpr int SHARED_BYTES = WARPS * STAGES * STAGE;
+  static constexpr int TILE_BYTES = TILE * HD * 2;
+  // What a ring holds of a tile's keys or values: codes have at most one scale per 16 elements.
+  static constexpr int RING_TILE = PACKED ? TILE * (HD + HD / 8) : TILE_BYTES, STAGE = 2 * RING_TILE;
+  static constexpr int UNPACKED = PACKED ? 2 * TILE_BYTES : 0;
+  static constexpr int SHARED_BYTES = WARPS * (STAGES * STAGE + UNPACKED);
   using Tile = Rows<HD>;
 
   const AttentionArgs& args;
@@ -44,7 +49,7 @@ struct Decode {
   __device__ __forceinline__ uint32_t row_tiles() const { return divide_up(args.group, 16); }
 
   __device__ __forceinline__ uint32_t stage(uint32_t i) const {
-    return shared_window(shared) + (warp * STAGES + i % STAGES) * STAGE;
+    return warp * (STAGES * STAGE + UNPACKED) + i % STAGES * STAGE;
   }
 
   __device__ __forceinline__ void run() {
@@ -91,14 +96,43 @@ struct Decode {
     const uint32_t block = __shfl_sync(0xffffffffu, block_ids, i % 32);
     if (i < tiles) {
       const uint32_t position = (tile + i * WARPS) * TILE;
-      const bf16* keys = args.cache + args.shape.key_tile(args.layer, block, kv_head) +
-                         size_t(position % args.shape.block_size) * HD;
-      const uint32_t valid = end - position;
-      Tile::copy16(stage(i), keys, valid);
-      // What lies behind the end is another sequence's: even a weight of 0 would not silence a NaN.
-      Tile::copy16(stage(i) + TILE_BYTES, keys + args.shape.key_to_value(), valid);
+      const uint8_t* keys = args.cache + args.shape.key_tile(args.layer, block, kv_head);
+      const uint32_t row = position % args.shape.block_size;
+      const uint32_t to = shared_window(shared) + stage(i);
+      load_rows(to, keys, row, end - position);
+      load_rows(to + RING_TILE, keys + args.shape.key_to_value(), row, end - position);
     }
     copy_async_commit();
+  }
+
+  // What lies behind the end is another sequence's: even a weight of 0 would not silence a NaN.
+  __device__ __forceinline__ void load_rows(uint32_t to, const uint8_t* from, uint32_t row, uint32_t valid) const {
+    if constexpr (!PACKED) {
+      Tile::copy16(to, reinterpret_cast<const bf16*>(from) + size_t(row) * HD, valid);
+    } else {
+      const uint8_t* codes = from + row * HD;
+#pragma unroll
+      for (uint32_t i = lane; i < TILE * HD / 16; i += 32) copy_async(to + i * 16, codes + i * 16, true);
+      const uint32_t scales_row = 2 * args.shape.scales();
+      const uint8_t* scales = from + args.shape.block_size * HD + row * scales_row;
+      if (lane < scales_row) copy_async(to + TILE * HD + lane * 16, scales + lane * 16, true);
+    }
+  }
+
+  // Makes rows of bfloat16 of a tile's codes; of those from `valid` on, zeros.
+  __device__ __forceinline__ void unpack_rows(uint8_t* to, const uint8_t* from, uint32_t valid) const {
+    constexpr uint32_t PIECES = HD / 16;
+    const uint32_t scales_row = args.shape.scales();
+    const bf16* scales = reinterpret_cast<const bf16*>(from + TILE * HD);
+#pragma unroll
+    for (uint32_t i = lane; i < TILE * PIECES; i += 32) {
+      const uint32_t row = i / PIECES, piece = i % PIECES;
+      const bf16 scale = row < valid ? scales[scales_row > 1 ? i : row] : bf16{0};
+      uint4 low, high;
+      unpack16(reinterpret_cast<const uint4*>(from)[i], scale, args.shape.format, low, high);
+      *reinterpret_cast<uint4*>(to + Tile::place(row, 2 * piece)) = low;
+      *reinterpret_cast<uint4*>(to + Tile::place(row, 2 * piece + 1)) = high;
+    }
   }
 
   __device__ __forceinline__ Weights accumulate(uint32_t end) {
@@ -111,7 +145,16 @@ struct Decode {
       copy_async_wait<STAGES - 2>();
       __syncwarp();
       load(i + STAGES - 1, end);
-      attend(weights, stage(i), (tile + i * WARPS) * TILE);
+      const uint32_t position = (tile + i * WARPS) * TILE;
+      uint32_t keys = stage(i);
+      if constexpr (PACKED) {
+        const uint8_t* ring = shared + keys;
+        keys = warp * (STAGES * STAGE + UNPACKED) + STAGES * STAGE;
+        unpack_rows(shared + keys, ring, end - position);
+        unpack_rows(shared + keys + TILE_BYTES, ring + RING_TILE, end - position);
+        __syncwarp();
+      }
+      attend(weights, shared_window(shared) + keys, position);
     }
     copy_async_wait<0>();
     return weights;
@@ -218,27 +261,25 @@ struct Decode {
   }
 };
 
-template <int HD>
+template <int HD, bool PACKED>
 __device__ __forceinline__ void decode(const AttentionArgs& args, uint32_t split) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   let_next_start();
   wait_for_previous();
-  Decode<HD>(args, split, dynamic_shared).run();
+  Decode<HD, PACKED>(args, split, dynamic_shared).run();
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_decode_64(const __grid_constant__ AttentionArgs args,
-                                                                      uint32_t split) {
-  decode<64>(args, split);
-}
-extern "C" __global__ void __launch_bounds__(128) attention_decode_96(const __grid_constant__ AttentionArgs args,
-                                                                      uint32_t split) {
-  decode<96>(args, split);
-}
-extern "C" __global__ void __launch_bounds__(128) attention_decode_128(const __grid_constant__ AttentionArgs args,
-                                                                       uint32_t split) {
-  decode<128>(args, split);
-}
-extern "C" __global__ void __launch_bounds__(64) attention_decode_256(const __grid_constant__ AttentionArgs args,
-                                                                      uint32_t split) {
-  decode<256>(args, split);
-}
+#define DECODE(name, head_dim, packed)                                                                       \
+  extern "C" __global__ void __launch_bounds__(Decode<head_dim, packed>::THREADS)                            \
+      attention_decode_##name(const __grid_constant__ AttentionArgs args, uint32_t split) {                  \
+    decode<head_dim, packed>(args, split);                                                                   \
+  }
+
+DECODE(64, 64, false)
+DECODE(96, 96, false)
+DECODE(128, 128, false)
+DECODE(256, 256, false)
+DECODE(packed_64, 64, true)
+DECODE(packed_96, 96, true)
+DECODE(packed_128, 128, true)
+DECODE(packed_256, 256, true)

@@ -102,9 +102,9 @@ struct Prefill {
       const uint32_t block_size = args.shape.block_size;
       const bool any = position < end;
       const uint32_t block = any ? args.tables[work.table + position / block_size] : 0;
-      const bf16* keys =
-          args.cache + args.shape.key_tile(args.layer, block, kv_head) + size_t(position % block_size) * HD;
-      Tile::copy16(shared + to + row * Tile::BYTES, keys + from_keys, any ? end - position : 0);
+      const uint8_t* keys = args.cache + args.shape.key_tile(args.layer, block, kv_head) + from_keys;
+      const bf16* from = reinterpret_cast<const bf16*>(keys) + size_t(position % block_size) * HD;
+      Tile::copy16(shared + to + row * Tile::BYTES, from, any ? end - position : 0);
     }
     copy_async_commit();
   }

@@ -8,18 +8,15 @@
 // Launch: one block per token, one 16-byte vector per thread and turn; width is a multiple of 8.
 // Roofline: 4 * width bytes per token; launch-bound in decode.
 #include "ptx.cuh"
+#include "token.cuh"
 #include "types.cuh"
-
-constexpr uint32_t LAST = 0x80000000u;
 
 extern "C" __global__ void embed(const uint32_t* __restrict__ tokens, const int32_t* __restrict__ last,
                                  const bf16* __restrict__ table, float scale, int width,
                                  bf16* __restrict__ out) {
   let_next_start();
   wait_for_previous();
-  uint32_t token = tokens[blockIdx.x];
-  if (token & LAST) token = max(last[token & ~LAST], 0);
-  const bf16* from = table + size_t(token) * width;
+  const bf16* from = table + size_t(token_at(tokens, last)) * width;
   bf16* to = out + size_t(blockIdx.x) * width;
   for (int i = threadIdx.x * VEC; i < width; i += blockDim.x * VEC) {
     Vec8 v = load8(from + i);

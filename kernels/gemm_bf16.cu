@@ -1,7 +1,8 @@
 // out[tokens, outputs] = x[tokens, k] w[outputs, k]^T (+ bias) on any GPU since Ampere.
 //
-// x, w  bf16, row-major;  out  bf16 or, when `out_f32` is given, f32;  bias  f32 or null
-// k is a multiple of 8; for bf16 output so is `outputs`.
+// x, w  bf16, row-major;  out  bf16 or, when `out_f32` is given, f32, `stride` elements from a token to
+//       the next;  bias  f32 or null
+// k is a multiple of 8; for bf16 output so are `outputs` and `stride`.
 //
 // The product is computed as A B^T: with many tokens A is x, with few it is w, so that the weights
 // fill the 16 rows of an mma. Each block walks over tiles of BM rows of A times BN rows of B in a
@@ -23,7 +24,7 @@ struct Args {
   bf16* out;
   float* out_f32;
   const float* bias;
-  int rows_a, rows_b, k;
+  int rows_a, rows_b, k, stride;
 };
 
 enum class Weights { A, B };
@@ -104,7 +105,7 @@ struct Gemm {
     if (a >= args.rows_a || b >= args.rows_b) return;
     const bool weights_a = WEIGHTS == Weights::A;
     const int token = weights_a ? b : a, output = weights_a ? a : b;
-    const size_t to = size_t(token) * (weights_a ? args.rows_a : args.rows_b) + output;
+    const size_t to = size_t(token) * args.stride + output;
     if (args.bias) value += args.bias[output];
     if (args.out_f32) {
       args.out_f32[to] = value;

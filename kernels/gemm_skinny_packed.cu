@@ -1,19 +1,20 @@
-// out[tokens, outputs] = x[tokens, k] w[outputs, k]^T (+ bias) for at most 64 tokens, w in records
-// (include/packed.cuh). On any GPU since Ampere.
+// out[tokens, outputs] = x[tokens, k] w[outputs, k]^T (+ bias) with w in records (include/packed.cuh). For
+// few tokens; on any GPU since Ampere.
 //
-// x     bf16, row-major;  out  bf16 or, when `out_f32` is given, f32;  bias  f32 or null
+// x     bf16, row-major;  out  bf16 or, when `out_f32` is given, f32, `stride` elements from a token to
+//       the next;  bias  f32 or null
 // k     a multiple of 32
 //
-// Each warp takes 16 outputs; the warps of a block share the tokens. Records, which lie one after the
-// other, and the tokens' columns that belong to them stream through a ring of DEPTH stages in shared
-// memory. A warp turns its record into A fragments of mma in registers; tokens are the columns of B,
-// in rows of 128 bytes in which the 32 bytes of step s lie at place s ^ (row % 4), without bank
-// conflicts. Weights are rounded to bfloat16 and added up in the order of k: on Hopper, where mma.sync
-// and wgmma give the same bits, so does unpacking the weights and multiplying them as bfloat16.
+// Each warp takes 16 outputs and at most 64 tokens (8); the warps of a block share the tokens. Records and
+// the tokens' columns that belong to them stream through a ring of DEPTH stages in shared memory. A
+// warp turns its record into A fragments of mma in registers; tokens are the columns of B, in rows of
+// 128 bytes in which the 16-byte piece c of row r lies at piece c ^ (r % 8), without bank conflicts.
+// Weights are rounded to bfloat16 and added up as gemm_bf16.cu does it: by the same instruction, in the
+// order of k. On Hopper wgmma gives the same bits, too.
 //
 // Launch: blocks of up to 4 warps (at most 8 tokens: _8) or 8 warps (_64); any number of blocks up to
-// ceil(outputs / 16 / warps); DEPTH (warps RECORD + 128 (tokens rounded up to 8)) bytes of shared
-// memory.
+// ceil(outputs / 16 / warps) ceil(tokens / 64); DEPTH (warps RECORD + 128 (tokens, at most 64, rounded up
+// to 8 or 16)) bytes of shared memory.
 // Roofline: the records' bytes. A weight costs about 4.5 instructions of a lane: at 132 SMs and
 // 1.7 GHz that allows 6e12 weights/s, and memory brings 5.5e12 of 4.5 bits in 3.1 TB.
 #include "mma.cuh"
@@ -26,36 +27,41 @@ struct Args {
   bf16* out;
   float* out_f32;
   const float* bias;
-  int tokens, outputs, k;
+  int tokens, outputs, k, stride;
 };
 
 constexpr int TOKEN_ROW = RECORD_K * 2, TOKEN_PIECES = RECORD_K / VEC;
 
-// At most 8 TILES tokens. A stage has the records of all warps, then the tokens.
+// At most 8 TILES tokens at a time. A stage has the records of all warps, then the tokens.
 template <class P, int TILES, int DEPTH>
 struct Gemm {
+  static constexpr int TOKENS = 8 * TILES, ROUND = TILES == 1 ? 8 : 16;
+
   const Args& args;
-  const uint8_t* const ring;
-  const uint32_t ring_address;
-  const int warps, warp, lane, steps, blocks;
+  const uint32_t ring;
+  const uint8_t* const ring_pointer;
+  const int warps, warp, lane, steps, blocks, chunks;
   const uint32_t stage_bytes;
   // What this thread copies of the tokens: of every `token_stride`th row, one piece.
-  const int token, piece, token_stride;
+  const int row, piece, row_stride;
+  int first_token, tokens;  // of this chunk
   float acc[TILES][4];
 
-  __device__ __forceinline__ Gemm(const Args& args, const uint8_t* ring)
+  __device__ __forceinline__ Gemm(const Args& args, const uint8_t* shared)
       : args(args),
-        ring(ring),
-        ring_address(static_cast<uint32_t>(__cvta_generic_to_shared(ring))),
+        ring(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        ring_pointer(shared),
         warps(blockDim.x / 32),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         steps((args.k + RECORD_K - 1) / RECORD_K),
         blocks((args.outputs + RECORD_ROWS - 1) / RECORD_ROWS),
-        stage_bytes(warps * P::RECORD + (args.tokens + 7) / 8 * 8 * TOKEN_ROW),
-        token(threadIdx.x / TOKEN_PIECES),
+        chunks((args.tokens + TOKENS - 1) / TOKENS),
+        stage_bytes(warps * P::RECORD +
+                    (min(args.tokens, TOKENS) + ROUND - 1) / ROUND * ROUND * TOKEN_ROW),
+        row(threadIdx.x / TOKEN_PIECES),
         piece(threadIdx.x % TOKEN_PIECES),
-        token_stride(blockDim.x / TOKEN_PIECES) {}
+        row_stride(blockDim.x / TOKEN_PIECES) {}
 
   // Stages are named by their offset in the ring.
   __device__ __forceinline__ void advance(uint32_t& stage) const {
@@ -64,7 +70,7 @@ struct Gemm {
   }
 
   __device__ __forceinline__ void load_record(const uint8_t* from, uint32_t stage) const {
-    const uint32_t to = ring_address + stage + warp * P::RECORD;
+    const uint32_t to = ring + stage + warp * P::RECORD;
 #pragma unroll
     for (int start = 0; start < P::RECORD; start += 512) {
       const int at = start + 16 * lane;
@@ -72,40 +78,44 @@ struct Gemm {
     }
   }
 
+  static __device__ __forceinline__ int place(int row, int piece) {
+    return row * TOKEN_ROW + (piece ^ (row % 8)) * 16;
+  }
+
   // Where k has ended there must be zeros: the weights there are zero, too, but zero times what
   // happens to lie in memory may be no number.
   __device__ __forceinline__ void load_tokens(int step, uint32_t stage) const {
     const int column = step * RECORD_K + piece * VEC;
     const bool valid = column < args.k;
-    const bf16* from = args.x + (valid ? size_t(token) * args.k + column : 0);
-    // token_stride is a multiple of 4: the place in the row is the same in all of them.
-    uint32_t to = ring_address + stage + warps * P::RECORD;
-    to += place(token, piece / 2) + piece % 2 * 16;
-    for (int row = token; row < args.tokens; row += token_stride) {
-      copy_async(to, from, valid);
-      to += token_stride * TOKEN_ROW;
-      if (valid) from += size_t(token_stride) * args.k;
+    const bf16* from = args.x + (valid ? size_t(first_token + row) * args.k + column : 0);
+    const uint32_t to = ring + stage + warps * P::RECORD;
+    for (int r = row; r < tokens; r += row_stride) {
+      copy_async(to + place(r, piece), from, valid);
+      if (valid) from += size_t(row_stride) * args.k;
     }
   }
 
-  // Byte offset of the columns of step `s` in the rows of tokens.
-  static __device__ __forceinline__ int place(int row, int s) {
-    return row * TOKEN_ROW + (s ^ (row % 4)) * 32;
-  }
-
   __device__ __forceinline__ void multiply(uint32_t stage) {
-    const PackedLane<P> weights(ring + stage + warp * P::RECORD, lane);
-    const uint8_t* b = ring + stage + warps * P::RECORD + lane % 4 * 8;
+    const PackedLane<P> weights(ring_pointer + stage + warp * P::RECORD, lane);
+    const uint32_t b = ring + stage + warps * P::RECORD;
+    uint32_t columns[4];
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
       uint32_t a[4];
       weights.fragment(s, a);
-      const uint8_t* at = b + place(lane / 4, s);
+      if constexpr (TILES == 1) {
+        // Of 8 tokens, two steps at once.
+        if (s % 2 == 0) load_matrices(columns, b + place(lane % 8, 2 * s + lane / 8));
+        mma_bf16(acc[0], a, columns[s % 2 * 2], columns[s % 2 * 2 + 1]);
+      } else {
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        if (TILES > 1 && 8 * tile >= args.tokens) break;
-        const uint2 columns = *reinterpret_cast<const uint2*>(at + tile * 8 * TOKEN_ROW);
-        mma_bf16(acc[tile], a, columns.x, columns.y);
+        for (int pair = 0; pair < TILES / 2; pair++) {
+          if (16 * pair >= tokens) break;
+          const int r = 16 * pair + lane / 16 * 8 + lane % 8;
+          load_matrices(columns, b + place(r, 2 * s + lane / 8 % 2));
+          mma_bf16(acc[2 * pair], a, columns[0], columns[1]);
+          mma_bf16(acc[2 * pair + 1], a, columns[2], columns[3]);
+        }
       }
     }
   }
@@ -117,9 +127,9 @@ struct Gemm {
       for (int i = 0; i < 4; i++) {
         const int token = tile * 8 + lane % 4 * 2 + i % 2;
         const int output = block * RECORD_ROWS + lane / 4 + i / 2 * 8;
-        if (token >= args.tokens || output >= args.outputs) continue;
+        if (token >= tokens || output >= args.outputs) continue;
         const float value = acc[tile][i] + (args.bias ? args.bias[output] : 0.f);
-        const size_t to = size_t(token) * args.outputs + output;
+        const size_t to = size_t(first_token + token) * args.stride + output;
         if (args.out_f32) {
           args.out_f32[to] = value;
         } else {
@@ -129,42 +139,49 @@ struct Gemm {
     }
   }
 
-  __device__ __forceinline__ void run() {
-    bool started = false;
-    for (int first = blockIdx.x * warps; first < blocks; first += gridDim.x * warps) {
-      // A warp without outputs repeats the last ones and doesn't store them.
-      const int block = min(first + warp, blocks - 1);
-      const uint8_t* record = args.weights + size_t(block) * steps * P::RECORD;
-      const int ahead = min(DEPTH - 1, steps);
-      for (int step = 0; step < ahead; step++) {
-        load_record(record + size_t(step) * P::RECORD, step * stage_bytes);
-      }
-      // Weights were under way before the previous kernel ended.
-      if (!started) wait_for_previous();
-      started = true;
-      for (int step = 0; step < DEPTH - 1; step++) {
-        if (step < steps) load_tokens(step, step * stage_bytes);
-        copy_async_commit();
-      }
-      record += size_t(DEPTH - 1) * P::RECORD;
+  __device__ __forceinline__ void tile(int first_block, bool started) {
+    // A warp without outputs repeats the last ones and doesn't store them.
+    const int block = min(first_block + warp, blocks - 1);
+    constexpr int NEXT = P::PIECE;
+    const uint8_t* record = args.weights + record_index(block, 0, steps) * P::RECORD;
+    const int ahead = min(DEPTH - 1, steps);
+    for (int step = 0; step < ahead; step++) {
+      load_record(record + size_t(step) * NEXT, step * stage_bytes);
+    }
+    // Weights were under way before the previous kernel ended.
+    if (!started) wait_for_previous();
+    for (int step = 0; step < DEPTH - 1; step++) {
+      if (step < steps) load_tokens(step, step * stage_bytes);
+      copy_async_commit();
+    }
+    record += size_t(DEPTH - 1) * NEXT;
 #pragma unroll
-      for (int i = 0; i < TILES * 4; i++) (&acc[0][0])[i] = 0.f;
-      uint32_t read = 0, write = (DEPTH - 1) * stage_bytes;
-      for (int step = 0; step < steps; step++) {
-        copy_async_wait<DEPTH - 2>();
-        __syncthreads();
-        if (step + DEPTH - 1 < steps) {
-          load_record(record, write);
-          load_tokens(step + DEPTH - 1, write);
-          record += P::RECORD;
-        }
-        copy_async_commit();
-        multiply(read);
-        advance(read);
-        advance(write);
-      }
-      if (first + warp < blocks) store(block);
+    for (int i = 0; i < TILES * 4; i++) (&acc[0][0])[i] = 0.f;
+    uint32_t read = 0, write = (DEPTH - 1) * stage_bytes;
+    for (int step = 0; step < steps; step++) {
+      copy_async_wait<DEPTH - 2>();
       __syncthreads();
+      if (step + DEPTH - 1 < steps) {
+        load_record(record, write);
+        load_tokens(step + DEPTH - 1, write);
+        record += NEXT;
+      }
+      copy_async_commit();
+      multiply(read);
+      advance(read);
+      advance(write);
+    }
+    if (first_block + warp < blocks) store(block);
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run() {
+    const int groups = (blocks + warps - 1) / warps;
+    // Neighbours in time share their weights.
+    for (int i = blockIdx.x; i < groups * chunks; i += gridDim.x) {
+      first_token = i % chunks * TOKENS;
+      tokens = min(TOKENS, args.tokens - first_token);
+      tile(i / chunks * warps, i != blockIdx.x);
     }
   }
 };

@@ -1,14 +1,18 @@
 // Weights in GGML's block formats -> records (include/packed.cuh) -> bfloat16.
 //
 // pack_*     raw     bytes [rows, k / block] in a format of GGML, as a GGUF file has them
-//            packed  records [ceil(rows / 16), ceil(k / 64)]
+//            packed  pieces [ceil(rows / 64), ceil(k / 64)]
 // unpack_*   packed  -> out  bf16 [rows, k], rounded to nearest
-// k is a multiple of the format's block.
+// embed_*    packed  -> out  bf16 [n, k]: the rows of tokens, scaled, as embed.cu does it
+// round_*    f16, f32  -> bf16, rounded to nearest
+// k is a multiple of the format's block, and of 32.
 //
-// Launch: one warp per record, any block size. Once per load; unpack once per large product.
+// Launch: one warp per record, blocks of 256 threads; embed: a block per token; round: any.
+// pack and round once per load; unpack once per large product.
 // Roofline: raw and packed bytes; packed bytes and 2 rows k.
 #include "packed.cuh"
 #include "ptx.cuh"
+#include "token.cuh"
 
 // The formats: `q` of element i of a block, `scale` and `min` of its group. After the layouts of the
 // GGML project, version 2.
@@ -79,11 +83,15 @@ struct Where {
   int row_block, column, lane;  // the warp's record
 };
 
+__device__ __forceinline__ int columns_of(int k) { return (k + RECORD_K - 1) / RECORD_K; }
+
+// Warps are in the order of records.
 __device__ __forceinline__ bool locate(int rows, int k, Where* where) {
-  const int columns = (k + RECORD_K - 1) / RECORD_K;
-  const int warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  *where = {warp / columns, warp % columns, static_cast<int>(threadIdx.x % 32)};
-  return where->row_block * RECORD_ROWS < rows;
+  const int columns = columns_of(k), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int piece = warp / PIECE_RECORDS, piece_row = piece / columns;
+  *where = {piece_row * PIECE_RECORDS + warp % PIECE_RECORDS, piece % columns,
+            static_cast<int>(threadIdx.x % 32)};
+  return piece_row * PIECE_ROWS < rows;
 }
 
 template <class Format, class P>
@@ -95,8 +103,8 @@ __device__ __forceinline__ void pack(const uint8_t* raw, int rows, int k, uint8_
   const auto block = [&](int row, int column) {
     return raw + row * row_bytes + size_t(column / Format::BLOCK) * Format::BYTES;
   };
-  const int columns = (k + RECORD_K - 1) / RECORD_K, first = at.column * RECORD_K;
-  uint8_t* record = packed + (size_t(at.row_block) * columns + at.column) * P::RECORD;
+  const int first = at.column * RECORD_K;
+  uint8_t* record = packed + record_index(at.row_block, at.column, columns_of(k)) * P::RECORD;
 
   uint32_t low[STEPS] = {}, high[4] = {};
 #pragma unroll
@@ -105,7 +113,7 @@ __device__ __forceinline__ void pack(const uint8_t* raw, int rows, int k, uint8_
     for (int i = 0; i < 8; i++) {
       const int pair = i / 2, half = i % 2 * 16;
       const int row = at.row_block * RECORD_ROWS + at.lane / 4 + pair % 2 * 8;
-      const int column = first + step * STEP_K + at.lane % 4 * 4 + pair / 2 * 2 + i % 2;
+      const int column = first + step * STEP_K + at.lane % 4 * 2 + pair / 2 * 8 + i % 2;
       if (row >= rows || column >= k) continue;
       const uint32_t q = Format::q(block(row, column), column % Format::BLOCK);
       low[step] |= (q & 15) << (4 * pair + half);
@@ -137,28 +145,87 @@ __device__ __forceinline__ void pack(const uint8_t* raw, int rows, int k, uint8_
   }
 }
 
+constexpr int UNPACK_WARPS = 8;
+
+// Through shared memory, so that rows of 128 bytes are written as such: the 16-byte piece c of row r lies
+// at c ^ (r % 8), without bank conflicts.
 template <class P>
 __device__ __forceinline__ void unpack(const uint8_t* packed, int rows, int k, bf16* out) {
+  __shared__ uint4 tiles[UNPACK_WARPS][RECORD_ROWS][8];
+  let_next_start();
+  Where at;
+  const bool inside = locate(rows, k, &at);
+  auto& tile = tiles[threadIdx.x / 32];
+  if (inside) {
+    const size_t index = record_index(at.row_block, at.column, columns_of(k));
+    const PackedLane<P> weights(packed + index * P::RECORD, at.lane);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      uint32_t a[4];
+      weights.fragment(step, a);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int row = at.lane / 4 + i % 2 * 8, piece = 2 * step + i / 2;
+        reinterpret_cast<uint32_t*>(&tile[row][piece ^ (row % 8)])[at.lane % 4] = a[i];
+      }
+    }
+    __syncwarp();
+  }
+  // The previous kernel may still read what is written here.
+  wait_for_previous();
+  if (!inside) return;
+  const int piece = at.lane % 8, column = at.column * RECORD_K + piece * VEC;
+  if (column >= k) return;
+#pragma unroll
+  for (int i = 0; i < RECORD_ROWS / 4; i++) {
+    const int in_tile = 4 * i + at.lane / 8, row = at.row_block * RECORD_ROWS + in_tile;
+    if (row >= rows) continue;
+    *reinterpret_cast<uint4*>(out + size_t(row) * k + column) = tile[in_tile][piece ^ (in_tile % 8)];
+  }
+}
+
+// Four lanes of a record have a row: they are neighbouring threads here.
+template <class P>
+__device__ __forceinline__ void embed(const uint32_t* tokens, const int32_t* last,
+                                      const uint8_t* packed, float scale, int k, bf16* out) {
   let_next_start();
   wait_for_previous();
-  Where at;
-  if (!locate(rows, k, &at)) return;
-  const int columns = (k + RECORD_K - 1) / RECORD_K;
-  const size_t index = size_t(at.row_block) * columns + at.column;
-  const PackedLane<P> weights(packed + index * P::RECORD, at.lane);
+  const int row = token_at(tokens, last), columns = columns_of(k);
+  bf16* to = out + size_t(blockIdx.x) * k;
+  for (int i = threadIdx.x; i < 4 * columns; i += blockDim.x) {
+    const size_t index = record_index(row / RECORD_ROWS, i / 4, columns);
+    const PackedLane<P> weights(packed + index * P::RECORD, row % 8 * 4 + i % 4);
 #pragma unroll
-  for (int step = 0; step < STEPS; step++) {
-    uint32_t a[4];
-    weights.fragment(step, a);
-    const int column = at.column * RECORD_K + step * STEP_K + at.lane % 4 * 4;
-    if (column >= k) continue;
+    for (int step = 0; step < STEPS; step++) {
+      uint32_t a[4];
+      weights.fragment(step, a);
+      const int column = i / 4 * RECORD_K + step * STEP_K + i % 4 * 2;
+      if (column >= k) continue;
+      const uint32_t pairs[2] = {row % RECORD_ROWS < 8 ? a[0] : a[1], row % RECORD_ROWS < 8 ? a[2] : a[3]};
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = at.row_block * RECORD_ROWS + at.lane / 4 + half * 8;
-      if (row >= rows) continue;
-      *reinterpret_cast<uint2*>(out + size_t(row) * k + column) = make_uint2(a[half], a[half + 2]);
+      for (int half = 0; half < 2; half++) {
+        const float low = __uint_as_float(pairs[half] << 16) * scale;
+        const float high = __uint_as_float(pairs[half] & 0xffff0000) * scale;
+        *reinterpret_cast<uint32_t*>(to + column + 8 * half) = pack_bf16(low, high);
+      }
     }
   }
+}
+
+template <class Load>
+__device__ __forceinline__ void round_all(size_t n, bf16* out, Load load) {
+  const size_t stride = size_t(gridDim.x) * blockDim.x;
+  for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) {
+    out[i] = to_bf16(load(i));
+  }
+}
+
+extern "C" __global__ void round_f16(const uint16_t* raw, size_t n, bf16* out) {
+  round_all(n, out, [=](size_t i) { return half_to_float(raw[i]); });
+}
+
+extern "C" __global__ void round_f32(const float* raw, size_t n, bf16* out) {
+  round_all(n, out, [=](size_t i) { return raw[i]; });
 }
 
 #define PACK(NAME, FORMAT, ...)                                                                \
@@ -166,8 +233,13 @@ __device__ __forceinline__ void unpack(const uint8_t* packed, int rows, int k, b
     pack<FORMAT, Packed<__VA_ARGS__>>(raw, rows, k, packed);                                   \
   }
 #define UNPACK(NAME, ...)                                                                         \
-  extern "C" __global__ void unpack_##NAME(const uint8_t* packed, int rows, int k, bf16* out) { \
-    unpack<Packed<__VA_ARGS__>>(packed, rows, k, out);                                         \
+  extern "C" __global__ void __launch_bounds__(32 * UNPACK_WARPS)                                 \
+      unpack_##NAME(const uint8_t* packed, int rows, int k, bf16* out) {                          \
+    unpack<Packed<__VA_ARGS__>>(packed, rows, k, out);                                            \
+  }                                                                                               \
+  extern "C" __global__ void embed_##NAME(const uint32_t* tokens, const int32_t* last,            \
+                                          const uint8_t* packed, float scale, int k, bf16* out) { \
+    embed<Packed<__VA_ARGS__>>(tokens, last, packed, scale, k, out);                              \
   }
 
 using Q4_0 = Simple<4, false>;

@@ -6,7 +6,7 @@
 //
 // logits   f32 [n, stride], rows aligned to 16 bytes; stride >= vocab, a multiple of 4
 // counts   u16 [slots, vocab]: 0 for tokens never seen, else 1 + how often it was sampled
-// masks    u32 [n, ceil(vocab / 32)], a bit per token that the grammar allows; may be null
+// masks    u32 [masks of the step, ceil(vocab / 32)], a bit per token that the grammar allows
 // failed   u32 [rows of the batch]: rows that failed before are skipped; non-finite logits fail
 // chosen, tops   [2][n], [2][n][MAX_TOP]: prompt tokens', then sampled tokens'
 //
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (!want.sample) return;
 
   uint16_t* const own_counts = p.has_penalties ? counts + size_t(want.slot) * vocab : nullptr;
-  const uint32_t* mask = masks ? masks + size_t(index) * ((vocab + 31) / 32) : nullptr;
+  const uint32_t* mask = want.mask != NONE ? masks + size_t(want.mask) * ((vocab + 31) / 32) : nullptr;
   const uint32_t bans = generated[want.slot] < p.min_tokens ? p.bans : 0;
   Edits change{mine, edits + size_t(want.slot) * edit_stride, p.biases, bans, 0.f, {}};
   const bool edited = p.biases + bans > 0;

@@ -217,8 +217,22 @@ fn what_is_no_model_is_refused_with_a_reason() {
     let hf = TempDir::new();
     convert_to_hf(&Gguf::open(file.path()).unwrap(), &hf, GgmlType::F32, 1);
     check(hf.path(), "holds no tokenizer.json");
+    // Row M7.
     hf.write("tokenizer.json", "{\"model\": 5}");
     check(hf.path(), "tokenizer.json");
+    write_text(&Gguf::open(file.path()).unwrap(), &hf);
+    hf.write("chat_template.jinja", "{% if %}");
+    check(hf.path(), "chat template does not compile");
+    std::fs::remove_file(hf.path().join("chat_template.jinja")).unwrap();
+    // Row M5: a token for which there are no logits.
+    let tokenizer = hf.path().join("tokenizer.json");
+    let text = std::fs::read_to_string(&tokenizer).unwrap();
+    let mut json: Value = serde_json::from_str(&text).unwrap();
+    let mut extra = json["added_tokens"][0].clone();
+    (extra["id"], extra["content"]) = (json!(259), json!("<extra>"));
+    json["added_tokens"].as_array_mut().unwrap().push(extra);
+    hf.write("tokenizer.json", json.to_string());
+    check(hf.path(), "260 tokens, but logits for only 259");
 }
 
 // Row M8: nothing of the file is needed once it is loaded.

@@ -23,7 +23,7 @@ struct Work {
 struct AttentionArgs {
   const bf16* q;  // queries of token 0; a head's elements lie together, a token's heads one after another
   bf16* out;      // [tokens, heads * head_dim]
-  const bf16* cache;
+  const uint8_t* cache;
   const uint32_t* tables;  // block ids
   const Work* work;
   const uint32_t* works;  // how much of it there is: on the device, so that a captured graph can vary it
@@ -99,11 +99,12 @@ struct Weights {
   float sum[2] = {0.f, 0.f};                  // over this thread's elements
 
   // Turns scores into weights, 2^(scale * (score - maximum)), and gives the factor by which a changed
-  // maximum scales what was summed before.
+  // maximum scales what was summed before. Of the two rows those from `rows` on are left as they are.
   template <int COUNT>
-  __device__ __forceinline__ void add(float (&scores)[COUNT], float scale, float (&change)[2]) {
+  __device__ __forceinline__ void add(float (&scores)[COUNT], float scale, float (&change)[2], int rows = 2) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
+      if (row >= rows) break;
       float top = max[row];
 #pragma unroll
       for (int i = 2 * row; i < COUNT; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));

@@ -29,13 +29,14 @@ struct GemmArgs {
   TensorMap a, b;
   // bfloat16 output; unused when `out_f32` is given.
   TensorMap out;
-  // float32 output [tokens, outputs], or null.
+  // float32 output, `stride` elements from a token to the next, or null.
   float* out_f32;
   // Added to each token's outputs, or null.
   const float* bias;
   int rows_a, rows_b, k;
   // Tiles along A that are done together before the next tile along B: they meet in L2.
   int group;
+  int stride;
 };
 
 template <Weights WEIGHTS_, int WARPGROUPS_, int BN_, int SLICES_, int STAGES_, int CLUSTER_>
@@ -289,9 +290,9 @@ struct Gemm {
       const int r = row + i / 2 % 2 * 8, c = column + i / 4 * 8 + i % 2;
       if (r >= args.rows_a || c >= args.rows_b) continue;
       if (Shape::WEIGHTS == Weights::A) {
-        args.out_f32[size_t(c) * args.rows_a + r] = acc[i];
+        args.out_f32[size_t(c) * args.stride + r] = acc[i];
       } else {
-        args.out_f32[size_t(r) * args.rows_b + c] = acc[i];
+        args.out_f32[size_t(r) * args.stride + c] = acc[i];
       }
     }
   }

@@ -1,17 +1,17 @@
 // Quantised weights as the GPU keeps them: value = scale * q + min, with q of BITS bits and one scale
 // (and min) for GROUP values along k. With OFFSET > 0 min is -OFFSET * scale and is not stored.
 //
-// A matrix [rows, k] is cut into records of 16 rows x 64 k, a row of records after the other, padded
-// with zeros. A record holds, one after the other,
+// A matrix [rows, k] is cut into pieces of 64 rows x 64 k, a row of pieces after the other, padded with
+// zeros; a piece is four records of 16 rows. A record holds, one after the other,
 //   the low 4 bits    512 bytes: for lane l 16 bytes, 4 for each step s of 16 k;
 //   the high bits     (BITS - 4) 128 bytes: for lane l BITS - 4 words;
 //   scales            f16 [64 / GROUP][16 rows], or pairs (scale, min).
-// Lane l has the rows l / 4 and l / 4 + 8 at the columns 16 s + 4 (l % 4) + {0, 1, 2, 3}: with k
-// permuted by the same rule in B, that is its part of the A fragment of mma.m16n8k16, whose sum over
-// 16 k does not depend on their order. The pair p of a step (p = 0: row l / 4, columns 0, 1; 1: row
-// l / 4 + 8; 2, 3: columns 2, 3) has its bits at the same place of both halves of a word: of the word
-// s at bit 4 p (low bits, and high bits of 8), of the only word at bit 4 s + p (high bit of 5), of the
-// word s / 2 at bit 8 (s % 2) + 2 p (high bits of 6).
+// Lane l has the rows l / 4 and l / 4 + 8 at the columns 16 s + 2 (l % 4) + {0, 1, 8, 9}: its part of the
+// A fragment of mma.m16n8k16, and with the four records of a piece in four warps of wgmma.m64nNk16.
+// The pair p of a step (p = 0: row l / 4, columns 0, 1; 1: row l / 4 + 8; 2, 3: columns 8, 9) has its
+// bits at the same place of both halves of a word: of the word s at bit 4 p (low bits, and high bits of
+// 8), of the only word at bit 4 s + p (high bit of 5), of the word s / 2 at bit 8 (s % 2) + 2 p (high
+// bits of 6).
 #pragma once
 
 #include "types.cuh"
@@ -29,6 +29,13 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 }
 
 constexpr int RECORD_ROWS = 16, RECORD_K = 64, STEPS = 4, STEP_K = 16;
+constexpr int PIECE_RECORDS = 4, PIECE_ROWS = PIECE_RECORDS * RECORD_ROWS;
+
+// Records before that of rows 16 `row_block` .. and columns 64 `column` .., of `columns` in a row.
+__device__ __forceinline__ size_t record_index(int row_block, int column, int columns) {
+  return (size_t(row_block / PIECE_RECORDS) * columns + column) * PIECE_RECORDS +
+         row_block % PIECE_RECORDS;
+}
 
 template <int BITS_, int GROUP_, int OFFSET_>
 struct Packed {
@@ -37,6 +44,7 @@ struct Packed {
   static constexpr int GROUPS = RECORD_K / GROUP, HIGH_WORDS = BITS - 4;
   static constexpr int HIGH_AT = 512, SCALES_AT = HIGH_AT + HIGH_WORDS * 128;
   static constexpr int RECORD = SCALES_AT + RECORD_ROWS * GROUPS * (HAS_MIN ? 4 : 2);
+  static constexpr int PIECE = PIECE_RECORDS * RECORD;
   static_assert(RECORD % 16 == 0);
 
   // Word and bit of the high bits of a pair.

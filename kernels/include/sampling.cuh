@@ -45,6 +45,7 @@ struct Want {
   uint32_t position;  // of the token that comes next
   uint32_t target;    // the prompt token that comes next, if its logprob is wanted, else NONE
   uint32_t sample;    // whether to choose the token that comes next
+  uint32_t mask;      // which of the step's masks says what may be chosen, or NONE
 };
 
 // A chosen token or a prompt token.

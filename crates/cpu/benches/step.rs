@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
-use spate_executor::{Batch, Bind, Executor, Input, Lane, Row};
+use spate_executor::{Batch, Bind, Capacity, Executor, Input, Lane, Row};
 use spate_model::Gguf;
 use spate_types::{BlockId, LocalBlocks, SamplingParams, Slot};
 
@@ -85,11 +85,12 @@ fn best(mut run: impl FnMut() -> Result<Duration>) -> Result<Duration> {
     Ok(times[0])
 }
 
-fn row(slot: u32, start: u32, input: Input) -> Row {
+fn row(capacity: &Capacity, slot: u32, start: u32, input: Input) -> Row {
     let prompt = match &input {
         Input::Tokens(tokens) => Some(Arc::from(tokens.as_slice())),
         Input::Last => None,
     };
+    let blocks = slot * 32..(slot + 1) * 32;
     Row {
         slot: Slot(slot),
         bind: prompt.map(|prompt| Bind {
@@ -100,9 +101,17 @@ fn row(slot: u32, start: u32, input: Input) -> Row {
         start,
         input,
         // Room for 1024 positions each.
-        blocks: Arc::new((slot * 32..(slot + 1) * 32).map(BlockId).collect()),
-        local: LocalBlocks::default(),
+        blocks: Arc::new(blocks.clone().map(BlockId).collect()),
+        local: capacity.local.map_or_else(LocalBlocks::default, |local| {
+            let first = local.first_seen(start, capacity.block_size);
+            let seen = blocks.skip(first as usize).map(BlockId);
+            LocalBlocks {
+                first,
+                blocks: Arc::new(seen.collect()),
+            }
+        }),
         sample: true,
+        masked: false,
         prompt_logprobs: false,
     }
 }
@@ -128,7 +137,15 @@ fn prompts(executor: &mut CpuExecutor, slots: u32, len: u32) -> Result<Duration>
     };
     let mut time = Duration::ZERO;
     for slot in 0..slots {
-        time += step(executor, vec![row(slot, 0, Input::Tokens(tokens(slot)))])?;
+        time += step(
+            executor,
+            vec![row(
+                executor.capacity(),
+                slot,
+                0,
+                Input::Tokens(tokens(slot)),
+            )],
+        )?;
     }
     Ok(time)
 }
@@ -136,7 +153,7 @@ fn prompts(executor: &mut CpuExecutor, slots: u32, len: u32) -> Result<Duration>
 fn decodes(executor: &mut CpuExecutor, slots: u32, position: u32) -> Result<Duration> {
     let mut time = Duration::ZERO;
     for i in 0..DECODES {
-        let rows = (0..slots).map(|slot| row(slot, position + i, Input::Last));
+        let rows = (0..slots).map(|slot| row(executor.capacity(), slot, position + i, Input::Last));
         time += step(executor, rows.collect())?;
     }
     Ok(time)

@@ -39,14 +39,24 @@ fn main() -> Result<()> {
         mode: CpuMode::Fast,
         threads: options.threads,
         block_size: BLOCK,
-        kv_cache_bytes: u64::MAX,
+        kv_cache_bytes: 0,
         kv_dtype: options.kv,
         max_seq_len: 0,
         slots: options.streams,
         max_batch_tokens: options.prompt.max(options.streams),
     };
-    let block = Estimate::new(&gguf, &config)?.kv_block;
-    config.kv_cache_bytes = block * u64::from(options.streams * blocks);
+    let estimate = Estimate::new(&gguf, &config)?;
+    // Nothing is given up behind a window here: that takes more than so many sequences need.
+    for streams in options.streams.. {
+        let kv = estimate.kv_cache(streams, options.prompt + options.output)?;
+        config.kv_cache_bytes = kv.bytes;
+        if kv
+            .local
+            .is_none_or(|(local, _)| local >= options.streams * blocks)
+        {
+            break;
+        }
+    }
     let mut bench = Bench {
         executor: CpuExecutor::load(&gguf, &config, &mut |_| {})?,
         blocks,
@@ -144,6 +154,14 @@ impl Bench {
 
     fn row(&self, slot: u32, start: u32, input: Input) -> Row {
         let blocks = slot * self.blocks..(slot + 1) * self.blocks;
+        let local = self.executor.capacity().local.map(|local| {
+            let first = local.first_seen(start, BLOCK);
+            let seen = blocks.clone().skip(first as usize).map(BlockId);
+            LocalBlocks {
+                first,
+                blocks: Arc::new(seen.collect()),
+            }
+        });
         Row {
             slot: Slot(slot),
             bind: (start == 0).then(|| Bind {
@@ -154,8 +172,9 @@ impl Bench {
             start,
             input,
             blocks: Arc::new(blocks.map(BlockId).collect()),
-            local: LocalBlocks::default(),
+            local: local.unwrap_or_default(),
             sample: true,
+            masked: false,
             prompt_logprobs: false,
         }
     }

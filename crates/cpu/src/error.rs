@@ -20,6 +20,9 @@ pub enum CpuError {
         /// How much was asked for.
         bytes: usize,
     },
+    /// The executor was dropped while a step waited for its masks.
+    #[error("the executor is gone")]
+    Ended,
     /// The system refused a thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),

@@ -7,18 +7,31 @@ use crate::ops::LOGIT_TILE;
 use crate::{CpuConfig, CpuError, CpuMode};
 
 /// What [`CpuExecutor::load`](crate::CpuExecutor::load) will take of a model, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Estimate {
     /// The matrices, as the mode keeps them.
     pub weights: u64,
-    /// One block of the KV cache.
-    pub kv_block: u64,
     /// Buffers for the largest step.
     pub activations: u64,
+    model: ModelConfig,
+    config: CpuConfig,
+    max_seq_len: u32,
+}
+
+/// A KV cache with room for given sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvEstimate {
+    /// What [`CpuConfig::kv_cache_bytes`] must be; at most a block more than the pools take.
+    pub bytes: u64,
+    /// Blocks and bytes of the pool that every sequence fills.
+    pub main: (u32, u64),
+    /// The same of the pool for layers with a sliding window, if they get one.
+    pub local: Option<(u32, u64)>,
 }
 
 impl Estimate {
-    /// Computes it from a checkpoint's headers.
+    /// Computes it from a checkpoint's headers. How much memory `config` gives to the KV cache does
+    /// not matter.
     ///
     /// # Errors
     /// When the model or the settings can't work with this backend.
@@ -32,10 +45,28 @@ impl Estimate {
                 CpuMode::Fast => LinearWeight::fast_bytes(t.ggml_type, shape),
             }
         });
-        Ok(Self {
+        let estimate = Self {
             weights: weights.sum(),
-            kv_block: KvPlan::new(&model, config, max_seq_len(&model, config)?)?.block_bytes(),
             activations: activations(&model, config.max_batch_tokens.into()),
+            max_seq_len: max_seq_len(&model, config)?,
+            config: config.clone(),
+            model,
+        };
+        estimate.kv_cache(1, 1)?;
+        Ok(estimate)
+    }
+
+    /// The smallest KV cache in which `sequences` of `tokens` positions each have room together.
+    ///
+    /// # Errors
+    /// When they are more than any cache can hold.
+    pub fn kv_cache(&self, sequences: u32, tokens: u32) -> Result<KvEstimate, CpuError> {
+        let load = (sequences, tokens);
+        let (plan, bytes) = KvPlan::for_load(&self.model, &self.config, self.max_seq_len, load)?;
+        Ok(KvEstimate {
+            bytes,
+            main: plan.main_pool(),
+            local: plan.local_pool(),
         })
     }
 }

@@ -5,12 +5,15 @@ use std::time::Instant;
 
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane, RowOutput, Ticket,
+    TokenMask,
 };
 use spate_model::{Checkpoint, LoadError, ModelConfig, Transformer, Weights};
 use spate_types::Slot;
 
+use crate::common_key::common_keys;
 use crate::kv::{KvCache, KvDtype, KvPlan};
 use crate::linear::Isa;
+use crate::masks::Masks;
 use crate::ops::CpuOps;
 use crate::rope::Ropes;
 use crate::slots::SlotState;
@@ -66,9 +69,10 @@ impl CpuConfig {
 pub struct CpuExecutor {
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
-    next_ticket: u64,
     /// Dropped to end the thread.
     commands: Option<Sender<Command>>,
+    /// Dropped with them.
+    masks: Option<Sender<(Ticket, Vec<TokenMask>)>>,
     completions: Receiver<Result<Completion, String>>,
     thread: Option<JoinHandle<()>>,
     /// Why no completion will come any more.
@@ -99,12 +103,21 @@ impl CpuExecutor {
         let weights = Weights::load(checkpoint, &model, &loader, pool.threads(), progress);
         let weights = weights.map_err(|e| match e {
             LoadError::Model(e) => CpuError::Model(e),
-            LoadError::Backend(e) => CpuError::Quant(e),
+            LoadError::Backend(e) => e,
         })?;
         let ropes = Ropes::new(&model, max_seq_len as usize);
+        let biases = weights.layers.iter().map(|l| l.qkv.bias.as_deref());
+        // Float32 is exact enough to hold keys as they are.
+        let common_keys = match kv_plan.dtype {
+            KvDtype::F32 => vec![Vec::new(); model.layers],
+            _ => common_keys(&model, &ropes, max_seq_len, biases),
+        };
         let kv = KvCache::new(&kv_plan)?;
-        let tokens = config.max_batch_tokens as usize;
-        let mut ops = CpuOps::new(pool, &model, ropes, kv, config.slots as usize, tokens)?;
+        let (slots, tokens) = (config.slots as usize, config.max_batch_tokens as usize);
+        let (masks, inbox) = mpsc::channel();
+        let masks_inbox = Masks::new(inbox);
+        let sizes = [slots, tokens];
+        let mut ops = CpuOps::new(pool, &model, ropes, common_keys, kv, sizes, masks_inbox)?;
         let weight_bytes = weight_bytes(&weights);
         let transformer = Transformer::new(model, weights, &mut ops)?;
         let budget = vec![
@@ -117,13 +130,14 @@ impl CpuExecutor {
             transformer,
             step: Step::default(),
         };
-        Self::start(capacity, budget, worker)
+        Self::start(capacity, budget, worker, masks)
     }
 
     fn start(
         capacity: Capacity,
         budget: Vec<(&'static str, u64)>,
         worker: Worker,
+        masks: Sender<(Ticket, Vec<TokenMask>)>,
     ) -> Result<Self, CpuError> {
         let (commands, inbox) = mpsc::channel();
         let (outbox, completions) = mpsc::channel();
@@ -134,8 +148,8 @@ impl CpuExecutor {
         Ok(Self {
             contract: Contract::new(capacity),
             budget,
-            next_ticket: 0,
             commands: Some(commands),
+            masks: Some(masks),
             completions,
             thread: Some(thread),
             fatal: None,
@@ -175,11 +189,18 @@ impl Executor for CpuExecutor {
     }
 
     fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError> {
-        self.contract.submit(lane, &batch)?;
-        let ticket = Ticket(self.next_ticket);
+        let ticket = self.contract.submit(lane, &batch)?;
         self.send(Command::Run(ticket, batch))?;
-        self.next_ticket += 1;
         Ok(ticket)
+    }
+
+    fn mask(&mut self, ticket: Ticket, masks: Vec<TokenMask>) -> Result<(), ExecutorError> {
+        self.contract.mask(ticket, &masks)?;
+        let inbox = self.masks.as_ref();
+        match inbox.is_some_and(|inbox| inbox.send((ticket, masks)).is_ok()) {
+            true => Ok(()),
+            false => Err(self.fatal("the step thread has ended".into())),
+        }
     }
 
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
@@ -211,7 +232,7 @@ impl Executor for CpuExecutor {
 
 impl Drop for CpuExecutor {
     fn drop(&mut self) {
-        self.commands = None;
+        (self.commands, self.masks) = (None, None);
         if let Some(thread) = self.thread.take() {
             // It catches the panics of steps; there is nothing to learn from another.
             let _ = thread.join();
@@ -238,7 +259,7 @@ impl Worker {
                 }
                 Command::Run(ticket, batch) => {
                     let start = Instant::now();
-                    let outputs = catch_unwind(AssertUnwindSafe(|| self.step(batch)));
+                    let outputs = catch_unwind(AssertUnwindSafe(|| self.step(ticket, batch)));
                     let done = match outputs {
                         Ok(Ok(outputs)) => Ok(Completion {
                             ticket,
@@ -257,7 +278,7 @@ impl Worker {
         }
     }
 
-    fn step(&mut self, mut batch: Batch) -> Result<Vec<RowOutput>, CpuError> {
+    fn step(&mut self, ticket: Ticket, mut batch: Batch) -> Result<Vec<RowOutput>, CpuError> {
         for copy in batch.copies.drain(..) {
             self.ops.copy_block(copy, false);
         }
@@ -270,7 +291,7 @@ impl Worker {
             }
         }
         self.step
-            .fill(&batch, &self.ops.slots, &self.ops.ropes.rotations);
+            .fill(ticket, &batch, &self.ops.slots, &self.ops.ropes.rotations);
         let layers = 0..self.transformer.config().layers;
         self.transformer
             .forward(&mut self.ops, &mut self.step, layers)?;

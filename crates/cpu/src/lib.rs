@@ -6,24 +6,27 @@
 //! on threads, nor on the instruction set.
 
 mod attention;
+mod common_key;
 mod error;
 mod estimate;
 mod executor;
 mod kv;
 pub mod linear;
+mod masks;
 mod math;
 mod ops;
 mod philox;
 mod pool;
 mod rope;
 mod sampler;
+pub mod selftest;
 mod slots;
 mod step;
 mod weights;
 
 use attention::MAX_HEAD_DIM;
 pub use error::CpuError;
-pub use estimate::Estimate;
+pub use estimate::{Estimate, KvEstimate};
 pub use executor::{CpuConfig, CpuExecutor, CpuMode};
 pub use kv::KvDtype;
 pub use pool::ThreadPool;

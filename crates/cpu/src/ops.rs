@@ -5,8 +5,10 @@ use spate_model::{Activation, ModelConfig, Ops};
 use spate_types::{Logprobs, SampledToken};
 
 use crate::attention::Attention;
+use crate::common_key;
 use crate::kv::{KvCache, KvLine, KvPool};
 use crate::linear::{Isa, Scratch, advise_huge_pages, linear};
+use crate::masks::Masks;
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
 use crate::rope::{NormRotate, Ropes};
@@ -28,6 +30,8 @@ pub(crate) struct CpuOps {
     pool: ThreadPool,
     config: ModelConfig,
     pub(crate) ropes: Ropes,
+    /// See [`common_key::common_keys`].
+    common_keys: Vec<Vec<f32>>,
     max_tokens: usize,
     /// Bytes that [`Ops::alloc`] gave out.
     allocated: u64,
@@ -39,6 +43,7 @@ pub(crate) struct CpuOps {
     /// `[LOGIT_TILE, vocab_size]`
     logits: Act,
     sampling: Vec<sampler::Scratch>,
+    masks: Masks,
 }
 
 /// Activations, `[tokens, width]`; those of a stacked matrix as [`Matrix`] says.
@@ -83,9 +88,10 @@ impl CpuOps {
         pool: ThreadPool,
         config: &ModelConfig,
         ropes: Ropes,
+        common_keys: Vec<Vec<f32>>,
         kv: KvCache,
-        slots: usize,
-        max_tokens: usize,
+        [slots, max_tokens]: [usize; 2],
+        masks: Masks,
     ) -> Result<Self, CpuError> {
         let c = config;
         let widest = c.hidden.max(c.q_width()).max(c.ffn);
@@ -94,6 +100,7 @@ impl CpuOps {
             scratch: Scratch::new(max_tokens, widest),
             pool,
             ropes,
+            common_keys,
             max_tokens,
             allocated: 0,
             kv,
@@ -101,6 +108,7 @@ impl CpuOps {
             picked: Act::new(LOGIT_TILE, c.hidden)?,
             logits: Act::new(LOGIT_TILE, c.vocab_size)?,
             sampling: (0..LOGIT_TILE).map(|_| Default::default()).collect(),
+            masks,
             config: config.clone(),
         })
     }
@@ -266,6 +274,7 @@ impl Ops for CpuOps {
                 });
             });
         }
+        common_key::subtract(k, &self.common_keys[layer]);
         match &mut self.kv {
             KvCache::F32(kv) => append(&self.pool, kv, step, layer, k, v),
             KvCache::F16(kv) => append(&self.pool, kv, step, layer, k, v),
@@ -339,6 +348,9 @@ impl Ops for CpuOps {
     }
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CpuError> {
+        if step.masks.len() < step.masked {
+            step.masks = self.masks.of(step.ticket)?;
+        }
         let wanted = tile_of(step, tile);
         let logits = self.logits.data.chunks_exact_mut(self.logits.width);
         let buffers = logits.zip(&mut self.sampling);
@@ -407,9 +419,10 @@ impl Choice<'_> {
             sampler::logprobs(isa, logits, target, k, scratch)
         });
         let position = step.positions[wanted.token] + 1;
+        let mask = wanted.mask.map(|mask| &*step.masks[mask]);
         let sampled = wanted
             .sample
-            .then(|| sampler::sample(isa, logits, slot, position, scratch));
+            .then(|| sampler::sample(isa, logits, slot, position, mask, scratch));
         *result = Some((logprobs, sampled));
     }
 }

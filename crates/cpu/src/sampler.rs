@@ -42,17 +42,21 @@ pub(crate) fn finite(isa: Isa, logits: &[f32]) -> bool {
     finite
 }
 
-/// Chooses the token at `position`. The logits must be finite; they are the same afterwards.
+/// Chooses the token at `position`, among those that `mask` allows. The logits must be finite; they are the
+/// same afterwards.
 pub(crate) fn sample(
     isa: Isa,
     logits: &mut [f32],
     slot: &SlotState,
     position: u32,
+    mask: Option<&[u32]>,
     scratch: &mut Scratch,
 ) -> SampledToken {
     let params = &*slot.sampling;
-    modify(logits, slot, &mut scratch.changed);
-    let token = if params.temperature == 0.0 {
+    modify(logits, slot, mask, &mut scratch.changed);
+    // Bans may leave nothing of what the mask allows.
+    let nothing = mask.is_some() && highest(isa, logits) == f32::NEG_INFINITY;
+    let token = if params.temperature == 0.0 || nothing {
         best(isa, logits)
     } else {
         let u = uniform(slot.seed, position);
@@ -68,8 +72,13 @@ pub(crate) fn sample(
     SampledToken { token, logprobs }
 }
 
-/// Applies biases, bans and penalties, and notes what was there before.
-fn modify(logits: &mut [f32], slot: &SlotState, changed: &mut Vec<(TokenId, f32)>) {
+/// Applies biases, bans, penalties and the mask, and notes what was there before.
+fn modify(
+    logits: &mut [f32],
+    slot: &SlotState,
+    mask: Option<&[u32]>,
+    changed: &mut Vec<(TokenId, f32)>,
+) {
     let params = &*slot.sampling;
     let mut change = |id: TokenId, f: &dyn Fn(f32) -> f32| {
         let logit = &mut logits[id as usize];
@@ -100,6 +109,13 @@ fn modify(logits: &mut [f32], slot: &SlotState, changed: &mut Vec<(TokenId, f32)
             };
             logit - flat - per_count
         });
+    }
+    if let Some(mask) = mask {
+        let hidden = |id: &TokenId| mask[*id as usize / 32] >> (id % 32) & 1 == 0;
+        for id in (0..logits.len() as TokenId).filter(hidden) {
+            changed.push((id, logits[id as usize]));
+            logits[id as usize] = f32::NEG_INFINITY;
+        }
     }
 }
 

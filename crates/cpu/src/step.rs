@@ -1,4 +1,4 @@
-use spate_executor::{Batch, Input, Row, RowOutput};
+use spate_executor::{Batch, Input, Row, RowOutput, Ticket, TokenMask};
 use spate_model::Rotation;
 use spate_types::{BlockIds, LocalBlocks, Slot, TokenId};
 
@@ -25,6 +25,11 @@ pub(crate) struct Step {
     pub(crate) wanted: Vec<Wanted>,
     /// For each rotary embedding of the model, what turns each token, `[tokens][dims / 2]`.
     pub(crate) rotations: Vec<Vec<(f32, f32)>>,
+    pub(crate) ticket: Ticket,
+    /// How many masks it waits for.
+    pub(crate) masked: usize,
+    /// Once they came, of the masked rows in their order.
+    pub(crate) masks: Vec<TokenMask>,
     /// One per row.
     pub(crate) outputs: Vec<RowOutput>,
 }
@@ -69,17 +74,28 @@ pub(crate) struct Wanted {
     pub(crate) target: Option<TokenId>,
     /// Whether to choose the token that comes next.
     pub(crate) sample: bool,
+    /// Which of the step's masks says what may be chosen.
+    pub(crate) mask: Option<usize>,
 }
 
 impl Step {
     /// Fills in a batch whose rows are bound and whose shape was checked.
-    pub(crate) fn fill(&mut self, batch: &Batch, slots: &[Option<SlotState>], ropes: &[Rotation]) {
+    pub(crate) fn fill(
+        &mut self,
+        ticket: Ticket,
+        batch: &Batch,
+        slots: &[Option<SlotState>],
+        ropes: &[Rotation],
+    ) {
         self.tokens.clear();
         self.positions.clear();
         self.row_of.clear();
         self.rows.clear();
         self.spans.clear();
         self.wanted.clear();
+        self.ticket = ticket;
+        self.masked = 0;
+        self.masks.clear();
         self.outputs.clear();
         for row in &batch.rows {
             self.push(row, slots[row.slot.0 as usize].as_ref());
@@ -123,12 +139,15 @@ impl Step {
             let target = slot.prompt.get(next).copied();
             let target = target.filter(|_| row.prompt_logprobs);
             let sample = row.sample && i == count - 1;
+            let mask = (sample && row.masked).then_some(self.masked);
+            self.masked += usize::from(mask.is_some());
             if target.is_some() || sample {
                 self.wanted.push(Wanted {
                     row: index,
                     token: first + i,
                     target,
                     sample,
+                    mask,
                 });
             }
         }

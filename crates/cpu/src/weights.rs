@@ -1,4 +1,3 @@
-use spate_model::quant::QuantError;
 use spate_model::{Loader, MatrixSource};
 
 use crate::linear::LinearWeight;
@@ -38,16 +37,17 @@ impl CpuLoader {
 impl Loader for CpuLoader {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
-    type Error = QuantError;
+    type Error = CpuError;
 
-    fn matrix(&self, source: MatrixSource<'_>) -> Result<Matrix, QuantError> {
+    fn matrix(&self, source: MatrixSource<'_>) -> Result<Matrix, CpuError> {
         let convert = match self.mode {
             CpuMode::Exact => LinearWeight::exact,
             CpuMode::Fast => LinearWeight::fast,
         };
         let parts = source.parts.iter().map(|part| {
             let shape = (part.rows, source.cols);
-            convert(part.ggml_type, shape, part.bytes, &self.pool)
+            let bytes = part.read().map_err(CpuError::Model)?;
+            convert(part.ggml_type, shape, &bytes, &self.pool).map_err(CpuError::Quant)
         });
         Ok(Matrix {
             parts: parts.collect::<Result<_, _>>()?,
@@ -55,7 +55,7 @@ impl Loader for CpuLoader {
         })
     }
 
-    fn vector(&self, source: &[f32]) -> Result<Vec<f32>, QuantError> {
+    fn vector(&self, source: &[f32]) -> Result<Vec<f32>, CpuError> {
         Ok(source.to_vec())
     }
 }

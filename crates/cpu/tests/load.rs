@@ -121,12 +121,57 @@ fn what_loading_takes_is_known_before() {
         let config = config(mode);
         let estimate = Estimate::new(&gguf, &config).unwrap();
         let executor = CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap();
-        let blocks = u64::from(executor.capacity().blocks);
+        let capacity = executor.capacity();
+        let kv = estimate.kv_cache(capacity.blocks, capacity.block_size);
         let expected = [
             ("weights", estimate.weights),
-            ("KV cache", estimate.kv_block * blocks),
+            ("KV cache", kv.unwrap().bytes),
             ("activations", estimate.activations),
         ];
         assert_eq!(executor.memory_budget(), expected, "{mode:?} {weights}");
     }
+}
+
+#[test]
+fn the_cache_that_a_load_is_said_to_need_holds_it() {
+    let file = TempFile::new(&tiny_llama(&TinyLlama {
+        architecture: "gemma3",
+        layers: 6,
+        window: Some(64),
+        context_len: 1024,
+        ..TinyLlama::default()
+    }));
+    let gguf = Gguf::open(file.path()).unwrap();
+    let mut config = config(CpuMode::Fast);
+    config.max_batch_tokens = 64;
+    let estimate = Estimate::new(&gguf, &config).unwrap();
+    let mut pools = [0, 0];
+    for (sequences, tokens) in [(1, 1), (3, 16), (1, 1024), (7, 80), (20, 100), (50, 1000)] {
+        let kv = estimate.kv_cache(sequences, tokens).unwrap();
+        config.kv_cache_bytes = kv.bytes;
+        let executor = CpuExecutor::load(&gguf, &config, &mut |_| {}).unwrap();
+        let capacity = executor.capacity();
+        let blocks = tokens.div_ceil(16);
+        assert!(capacity.blocks >= sequences * blocks);
+        assert_eq!(capacity.blocks, kv.main.0);
+        assert_eq!(capacity.local.map(|l| l.blocks), kv.local.map(|l| l.0));
+        if let Some(local) = capacity.local {
+            // A window's blocks for each, and a step's.
+            assert!(local.blocks >= sequences * blocks.min(5) + 4);
+        }
+        pools[usize::from(kv.local.is_some())] += 1;
+
+        // Nothing is wasted: with the bytes of a block less in each layer, they would not fit.
+        config.kv_cache_bytes -= config.kv_cache_bytes.min(kv.main.1 / u64::from(kv.main.0));
+        if let Ok(less) = CpuExecutor::load(&gguf, &config, &mut |_| {}) {
+            let less = less.capacity();
+            let local = less.local.map_or(u32::MAX, |l| l.blocks);
+            assert!(less.blocks < sequences * blocks || local < sequences * blocks.min(5) + 4);
+        }
+    }
+    assert!(
+        pools.iter().all(|&n| n > 1),
+        "both kinds were seen: {pools:?}"
+    );
+    assert!(estimate.kv_cache(u32::MAX, 1024).is_err());
 }

@@ -17,9 +17,8 @@ pub enum CudaError {
     },
     /// The GPU has no room.
     #[error(
-        "no GPU memory for {what}: {} MiB are needed, {} MiB are free; \
-         lower --gpu-memory-utilization or --max-batch-tokens, or stop other programs on this GPU",
-        bytes >> 20, free >> 20
+        "no GPU memory for {what}: {} MiB are needed, {} MiB are free; {}",
+        bytes >> 20, free >> 20, advice(what)
     )]
     OutOfMemory {
         /// What it was for.
@@ -29,6 +28,27 @@ pub enum CudaError {
         /// How much there was.
         free: u64,
     },
+    /// What is left of the share of the GPU's memory that may be used is no KV cache.
+    #[error(
+        "no GPU memory for a KV cache: of {} MiB that may be used, weights take {} MiB, a step of {tokens} \
+         tokens and {slots} sequences {} MiB, the driver {} MiB; raise --gpu-memory-utilization, or lower \
+         --max-num-batched-tokens (now {tokens}) or --max-num-seqs (now {slots})",
+        usable >> 20, weights >> 20, steps >> 20, driver >> 20
+    )]
+    NoKvCache {
+        /// Bytes that may be used.
+        usable: u64,
+        /// Bytes of the weights.
+        weights: u64,
+        /// Bytes of activations and slots.
+        steps: u64,
+        /// Bytes that are left to the driver.
+        driver: u64,
+        /// Most tokens of a step.
+        tokens: u32,
+        /// Most sequences.
+        slots: u32,
+    },
     /// The settings can't work with this model or this GPU.
     #[error("{0}")]
     Config(String),
@@ -36,6 +56,20 @@ pub enum CudaError {
     #[error(transparent)]
     Model(#[from] ModelError),
 }
+
+/// What makes room, in names of settings.
+fn advice(what: &str) -> &'static str {
+    match what {
+        WEIGHTS => "serve a smaller or a quantised model, or stop other programs on this GPU",
+        _ => {
+            "lower --gpu-memory-utilization, --kv-cache-memory or --max-num-batched-tokens, or stop \
+             other programs on this GPU"
+        }
+    }
+}
+
+/// What [`CudaError::OutOfMemory`] calls the weights.
+pub(crate) const WEIGHTS: &str = "the weights";
 
 /// Result of a driver call.
 pub(crate) trait Check {

@@ -12,6 +12,7 @@ pub mod kernels;
 mod linear;
 pub mod selftest;
 
-pub use backend::{CudaConfig, CudaExecutor};
+pub use backend::{CudaConfig, CudaExecutor, Overlap, WeightFormat};
 pub use error::CudaError;
-pub use linear::Linear;
+pub use kernels::KvDtype;
+pub use linear::{Linear, PackedPart};

@@ -2,17 +2,44 @@ use half::bf16;
 
 use crate::CudaError;
 use crate::driver::{Device, Slice, Stream};
-use crate::kernels::{Form, GemmHopper, GemmPortable, Packed, Product};
+use crate::kernels::{Form, GemmHopper, GemmPortable, Packed, PackedHopper, Path, Product};
+
+/// Elements of a quantised matrix that are unpacked at a time: they stay near the L2 cache's size, and
+/// are enough for a product that keeps all tensor cores busy.
+const TILE: usize = 32 << 20;
+
+/// Bytes that memory moves in a cycle of Hopper's SMs.
+const BYTES_PER_CYCLE: usize = 1700;
+
+/// The most tokens for which the portable kernels are faster without unpacking.
+const PORTABLE_TOKENS: usize = 64;
+
+/// Rows of a quantised matrix, all in one form. A handle.
+#[derive(Debug, Clone, Copy)]
+pub struct PackedPart {
+    /// Their form.
+    pub form: Form,
+    /// How many.
+    pub rows: usize,
+    /// [`Form::bytes`] of them.
+    pub data: Slice<u8>,
+}
 
 /// Matrix products with the kernels that suit the GPU.
 ///
-/// On Hopper an output's bits depend on its inputs alone: not on the number of tokens, nor on the SMs
-/// that the stream has, nor on whether quantised weights are unpacked. Elsewhere that holds, too, but
-/// for the last: it is not known for the tensor cores of each.
+/// An output's bits depend on its inputs alone: not on the number of tokens, nor on the SMs that the
+/// stream has, nor on whether quantised weights are unpacked first. All kernels round weights to bfloat16
+/// in the same way and add 16 products at a time, in the order of k, by instructions that give the same
+/// bits (measured on Hopper; elsewhere all kernels use one and the same instruction).
 pub struct Linear {
-    hopper: Option<GemmHopper>,
+    hopper: Option<Hopper>,
     portable: GemmPortable,
     packed: Packed,
+}
+
+struct Hopper {
+    gemm: GemmHopper,
+    packed: PackedHopper,
 }
 
 impl Linear {
@@ -20,10 +47,16 @@ impl Linear {
     ///
     /// # Errors
     /// When the GPU can't run them.
-    pub fn load(device: &Device) -> Result<Self, CudaError> {
-        let hopper = GemmHopper::fits(device).then(|| GemmHopper::load(device));
+    pub fn load(device: &Device, path: Path) -> Result<Self, CudaError> {
+        let hopper = match path {
+            Path::Portable => None,
+            Path::Hopper => Some(Hopper {
+                gemm: GemmHopper::load(device)?,
+                packed: PackedHopper::load(device)?,
+            }),
+        };
         Ok(Self {
-            hopper: hopper.transpose()?,
+            hopper,
             portable: GemmPortable::load(device)?,
             packed: Packed::load(device)?,
         })
@@ -48,14 +81,20 @@ impl Linear {
         // SAFETY: the caller vouches for what both ask for.
         unsafe {
             match &self.hopper {
-                Some(hopper) => hopper.launch(stream, product),
+                Some(hopper) => hopper.gemm.launch(stream, product),
                 None => self.portable.launch(stream, product),
             }
         }
     }
 
-    /// Computes a product with quantised weights in the place of its own. For many tokens they are
-    /// unpacked into `scratch`, which has room for them, first.
+    /// Scratch memory of a product with a quantised matrix: what is unpacked at a time.
+    pub fn scratch_len(rows: usize, cols: usize) -> usize {
+        rows.next_multiple_of(Form::ROWS).min(tile_rows(cols)) * cols
+    }
+
+    /// Computes a product with quantised weights, which lie one part after the other, in the place of its
+    /// own. For many tokens they are unpacked, piece by piece, into `scratch`; see
+    /// [`scratch_len`](Self::scratch_len).
     ///
     /// # Errors
     /// When the device is lost.
@@ -64,28 +103,116 @@ impl Linear {
     /// As [`Packed::multiply`] says; and nothing else uses `scratch` until the product is computed.
     ///
     /// # Panics
-    /// As [`Packed::multiply`] and [`GemmHopper::launch`].
+    /// As [`Packed::multiply`] and [`GemmHopper::launch`]; if `scratch` is too small.
     pub unsafe fn launch_packed(
         &self,
         stream: &Stream,
-        form: Form,
-        packed: Slice<u8>,
+        parts: &[PackedPart],
         product: &Product,
         scratch: Slice<bf16>,
     ) -> Result<(), CudaError> {
-        let product = Product {
-            weights: scratch,
-            fresh_weights: true,
-            ..*product
-        };
-        // SAFETY: the caller vouches for what all of them ask for.
+        // SAFETY: the caller vouches for what both ask for.
         unsafe {
-            if product.tokens <= Packed::MAX_TOKENS {
-                return self.packed.multiply(stream, form, packed, &product);
+            match self.unpacks(stream, parts, product) {
+                false => self.multiply(stream, parts, product),
+                true => self.unpack_and_multiply(stream, parts, product, scratch),
             }
-            let shape = [product.outputs, product.inputs];
-            self.packed.unpack(stream, form, packed, shape, scratch)?;
-            self.launch(stream, &product)
         }
     }
+
+    /// Whether it is faster to unpack the weights first.
+    fn unpacks(&self, stream: &Stream, parts: &[PackedPart], product: &Product) -> bool {
+        let Some(hopper) = &self.hopper else {
+            return product.tokens > PORTABLE_TOKENS;
+        };
+        let read: usize = parts.iter().map(|part| part.data.len()).sum();
+        let written = 2 * product.outputs * product.inputs;
+        let unpack = (read + written) / BYTES_PER_CYCLE;
+        let unpacked = unpack + hopper.gemm.cycles(stream, product);
+        let mut first = 0;
+        let packed = parts.iter().map(|part| {
+            let product = product.part(first..first + part.rows);
+            first += part.rows;
+            hopper.packed.cycles(stream, &product)
+        });
+        packed.sum::<usize>() > unpacked
+    }
+
+    /// Without unpacking.
+    ///
+    /// # Errors
+    /// As [`launch_packed`](Self::launch_packed).
+    ///
+    /// # Safety
+    /// As [`launch_packed`](Self::launch_packed).
+    pub unsafe fn multiply(
+        &self,
+        stream: &Stream,
+        parts: &[PackedPart],
+        product: &Product,
+    ) -> Result<(), CudaError> {
+        let mut first = 0;
+        for part in parts {
+            let product = product.part(first..first + part.rows);
+            // SAFETY: the caller vouches for what both ask for.
+            unsafe {
+                match &self.hopper {
+                    Some(hopper) => hopper.packed.multiply(stream, part, &product)?,
+                    None => self.packed.multiply(stream, part, &product)?,
+                }
+            }
+            first += part.rows;
+        }
+        Ok(())
+    }
+
+    /// Always unpacking.
+    ///
+    /// # Errors
+    /// As [`launch_packed`](Self::launch_packed).
+    ///
+    /// # Safety
+    /// As [`launch_packed`](Self::launch_packed).
+    pub unsafe fn unpack_and_multiply(
+        &self,
+        stream: &Stream,
+        parts: &[PackedPart],
+        product: &Product,
+        scratch: Slice<bf16>,
+    ) -> Result<(), CudaError> {
+        let (cols, step) = (product.inputs, tile_rows(product.inputs));
+        let rows: usize = parts.iter().map(|part| part.rows).sum();
+        for start in (0..rows).step_by(step) {
+            let tile = start..rows.min(start + step);
+            let mut first = 0;
+            for part in parts {
+                // Where the part and the tile overlap.
+                let [from, to] =
+                    [tile.start, tile.end].map(|row| row.clamp(first, first + part.rows));
+                if from < to {
+                    let inside = [from, to].map(|row| row - first);
+                    let out = scratch.range((from - start) * cols..(to - start) * cols);
+                    // SAFETY: the caller vouches for what it asks for.
+                    unsafe {
+                        self.packed
+                            .unpack(stream, part, inside[0]..inside[1], cols, out)?
+                    };
+                }
+                first += part.rows;
+            }
+            let product = Product {
+                weights: scratch.range(0..tile.len() * cols),
+                fresh_weights: true,
+                ..product.part(tile)
+            };
+            // SAFETY: as above.
+            unsafe { self.launch(stream, &product)? };
+        }
+        Ok(())
+    }
+}
+
+/// Rows that are unpacked at a time.
+fn tile_rows(cols: usize) -> usize {
+    (TILE / cols / Form::ROWS).max(1) * Form::ROWS
 }

@@ -170,14 +170,12 @@ impl EngineHandle {
         if let Some(reason) = self.shared.death() {
             return Health::Dead(reason);
         }
-        let beat = self.shared.heartbeat.load(Ordering::Acquire);
-        let silent = self.now().saturating_sub(beat);
-        if beat != 0 && u128::from(silent) > self.shared.config.step_timeout.as_micros() {
-            return Health::Stalled {
-                seconds: silent as f64 / 1e6,
-            };
+        match self.shared.silence() {
+            Some(silence) if silence > self.shared.config.step_timeout => Health::Stalled {
+                seconds: silence.as_secs_f64(),
+            },
+            _ => Health::Ok,
         }
-        Health::Ok
     }
 
     /// Refuses new requests from now on; those admitted go on.

@@ -11,6 +11,9 @@ use tokio::sync::{Notify, watch};
 use crate::EngineConfig;
 use crate::stream::StreamState;
 
+/// How much longer than a step may take the engine thread may be silent: it finds hung steps itself.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// What the engine thread is asked to do.
 pub(crate) enum Command {
     Add(GenerationRequest),
@@ -128,6 +131,24 @@ impl Shared {
 
     pub(crate) fn death(&self) -> Option<String> {
         self.dead.borrow().clone()
+    }
+
+    /// Time since the engine thread showed progress; `None` while it has nothing to do.
+    pub(crate) fn silence(&self) -> Option<Duration> {
+        match self.heartbeat.load(Ordering::Acquire) {
+            0 => None,
+            beat => Some(Duration::from_micros(self.now().saturating_sub(beat))),
+        }
+    }
+
+    /// Why the engine thread is given up, if it is stuck in a call.
+    pub(crate) fn stuck(&self) -> Option<String> {
+        let limit = self.config.step_timeout + GRACE;
+        let silence = self.silence().filter(|silence| *silence > limit)?;
+        Some(format!(
+            "the engine thread has been stuck for {:.1} s: the device or its driver hangs",
+            silence.as_secs_f32()
+        ))
     }
 
     pub(crate) fn release(&self, n: u32) {

@@ -245,11 +245,18 @@ async fn a_lost_device_ends_every_stream_and_turns_health_red() {
     lost.fatal_after = Some(5);
     let mut hung = sim();
     hung.hang_after = Some(5);
-    for sim in [lost, hung] {
+    let mut stuck = sim();
+    stuck.stuck_after = Some(5);
+    for sim in [lost, hung, stuck] {
         let engine = start(&sim);
-        let streams: Vec<_> = (1..6)
-            .map(|i| submit(&engine, request(&engine, &[i, 2, 3], 2, 100)))
-            .collect();
+        let mut streams = vec![submit(&engine, request(&engine, &[1, 2, 3], 2, 100))];
+        // The others may come too late.
+        streams.extend((2..6).filter_map(|i| {
+            let permit = engine.admit(2).ok()?;
+            engine
+                .submit(permit, request(&engine, &[i, 2, 3], 2, 100))
+                .ok()
+        }));
         for stream in streams {
             for (_, reason) in collect(stream, 2).await {
                 assert_eq!(reason, FinishReason::Error);

@@ -15,7 +15,7 @@ pub enum Lane {
 }
 
 /// Names a submitted batch; unique per executor, ascending in order of submission.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Ticket(pub u64);
 
 /// One step: block copies, then rows.
@@ -57,10 +57,16 @@ pub struct Row {
     /// Choose a token from the logits of the last input position. It becomes the slot's last token
     /// and counts for its penalties.
     pub sample: bool,
+    /// Choose only among the tokens of a mask, which comes by [`crate::Executor::mask`] after the
+    /// submission. Only for rows that sample.
+    pub masked: bool,
     /// Report logprobs of the prompt tokens that this row's positions predict
     /// (`start + 1 ..= start + len`, as far as the prompt reaches).
     pub prompt_logprobs: bool,
 }
+
+/// Tokens that may be chosen: bit `t % 32` of word `t / 32` says it of token `t`.
+pub type TokenMask = Arc<[u32]>;
 
 /// What a slot is told about its sequence.
 #[derive(Debug, Clone)]

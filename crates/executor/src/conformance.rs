@@ -15,6 +15,7 @@ use spate_types::{
 
 use crate::{
     Batch, Bind, BlockCopy, Capacity, Executor, ExecutorError, Input, Lane, Row, RowOutput, Ticket,
+    TokenMask,
 };
 
 /// Longest sequence used: prompt and output.
@@ -44,6 +45,7 @@ pub fn run(make: &mut dyn FnMut() -> Box<dyn Executor>) {
     rig.recomputes_after_preemption(&expected);
     rig.forgets_at_bind_and_release(&expected);
     rig.draws_by_seed(&expected);
+    rig.chooses_what_masks_allow(&expected);
     rig.reports_prompt_logprobs();
     if rig.capacity.lanes.contains(&Lane::Prefill) {
         rig.hands_over_between_lanes(&expected);
@@ -91,6 +93,7 @@ impl Job {
             blocks: Arc::clone(&self.blocks),
             local: self.local(),
             sample: end == self.prompt_len(),
+            masked: false,
             prompt_logprobs: false,
         }
     }
@@ -465,6 +468,96 @@ impl Rig {
             self.alone(&job) != expected[2]
         });
         assert!(differs, "the seed has no effect");
+    }
+
+    /// Masks come after the submission, even after the next one's.
+    fn chooses_what_masks_allow(&mut self, expected: &[Vec<SampledToken>]) {
+        let vocab = self.capacity.vocab_size;
+        let mask = |allowed: &dyn Fn(TokenId) -> bool| -> TokenMask {
+            let mut words = vec![0u32; vocab.div_ceil(32) as usize];
+            (0..vocab)
+                .filter(|&t| allowed(t))
+                .for_each(|t| words[t as usize / 32] |= 1 << (t % 32));
+            words.into()
+        };
+        let jobs = [self.job(1, 0, 0), self.job(2, 1, 1), self.job(0, 2, 2)];
+        let rows = jobs
+            .each_ref()
+            .map(|job| job.prompt_row(0, job.prompt_len(), true));
+        let [first, second, free] = rows;
+        let masked = |row: Row| Row {
+            masked: true,
+            ..row
+        };
+        let rows = vec![masked(first), free, masked(second)];
+        let ticket = self.submit(
+            Lane::Main,
+            Batch {
+                rows,
+                ..Batch::default()
+            },
+        );
+        let next = (self.capacity.depth > 1).then(|| {
+            let row = masked(jobs[0].decode_row(jobs[0].prompt_len(), Input::Last));
+            self.submit(
+                Lane::Main,
+                Batch {
+                    rows: vec![row],
+                    ..Batch::default()
+                },
+            )
+        });
+        let soon = Instant::now() + Duration::from_millis(20);
+        let early = self.executor.wait(soon).expect("the executor works");
+        assert!(
+            early.is_none(),
+            "a step completes without the masks it waits for"
+        );
+
+        let only = vocab - 1;
+        let without = |token: TokenId| move |t: TokenId| t != token;
+        let best = expected[1][0].token;
+        let masks = vec![mask(&without(best)), mask(&|t| t == only)];
+        for (what, wrong) in [
+            ("masks of another number", masks[..1].to_vec()),
+            ("a mask that allows nothing", vec![mask(&|_| false); 2]),
+            ("masks of another size", vec![masks[0][1..].into(); 2]),
+        ] {
+            let result = self.executor.mask(ticket, wrong);
+            let refused = matches!(result, Err(ExecutorError::Rejected(_)));
+            assert!(refused, "{what}: must be rejected, got {result:?}");
+        }
+        self.executor
+            .mask(ticket, masks.clone())
+            .expect("masks are awaited");
+        assert!(
+            self.executor.mask(ticket, masks).is_err(),
+            "masks are given once"
+        );
+        if let Some(next) = next {
+            let mask = mask(&|t| t == only);
+            self.executor
+                .mask(next, vec![mask])
+                .expect("masks are awaited");
+        }
+        let outputs = self.wait(ticket, 3);
+        let [first, free, second] = [0, 1, 2].map(|i| sampled(&outputs[i]));
+        assert_ne!(first.token, best, "a masked token was chosen");
+        let second_best = expected[1][0]
+            .logprobs
+            .as_ref()
+            .expect("they were asked for")
+            .top[1];
+        assert_eq!(first.token, second_best.0, "not the best that is allowed");
+        assert_eq!(second.token, only, "a masked token was drawn");
+        assert_eq!(
+            free, expected[0][0],
+            "a neighbour's mask changes a sequence's output"
+        );
+        if let Some(next) = next {
+            let output = sampled(&self.wait(next, 1)[0]);
+            assert_eq!(output.token, only, "a masked token was chosen");
+        }
     }
 
     fn reports_prompt_logprobs(&mut self) {

@@ -2,7 +2,9 @@ use std::collections::{HashSet, VecDeque};
 
 use spate_types::{BlockId, Slot, TokenId};
 
-use crate::{Batch, Bind, BlockCopy, Capacity, ExecutorError, Input, Lane, LocalKv, Row};
+use crate::{
+    Batch, Bind, BlockCopy, Capacity, ExecutorError, Input, Lane, LocalKv, Row, Ticket, TokenMask,
+};
 
 /// Checks batches against the rules of the contract, in order of submission. Implementations keep
 /// one, so that all of them refuse the same things with the same words.
@@ -10,8 +12,17 @@ use crate::{Batch, Bind, BlockCopy, Capacity, ExecutorError, Input, Lane, LocalK
 pub struct Contract {
     capacity: Capacity,
     slots: Vec<SlotState>,
-    /// Slots named by each batch in flight, oldest first, per lane.
-    in_flight: [VecDeque<Vec<Slot>>; 2],
+    /// Batches in flight, oldest first, per lane.
+    in_flight: [VecDeque<InFlight>; 2],
+    submitted: u64,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    ticket: Ticket,
+    slots: Vec<Slot>,
+    /// Masks that it waits for.
+    masks: usize,
 }
 
 /// What submission order says about a slot.
@@ -32,6 +43,7 @@ impl Contract {
             capacity,
             slots,
             in_flight: Default::default(),
+            submitted: 0,
         }
     }
 
@@ -49,11 +61,11 @@ impl Contract {
             .map_err(ExecutorError::Rejected)
     }
 
-    /// Accepts `batch` as submitted on `lane`.
+    /// Accepts `batch` as submitted on `lane`, and names it.
     ///
     /// # Errors
     /// [`ExecutorError::Rejected`] if it breaks a rule; then nothing is changed.
-    pub fn submit(&mut self, lane: Lane, batch: &Batch) -> Result<(), ExecutorError> {
+    pub fn submit(&mut self, lane: Lane, batch: &Batch) -> Result<Ticket, ExecutorError> {
         self.check(lane, batch)?;
         for row in &batch.rows {
             let state = &mut self.slots[row.slot.0 as usize];
@@ -62,9 +74,43 @@ impl Contract {
             state.in_flight += 1;
             state.lane = Some(lane);
         }
-        let slots = batch.rows.iter().map(|row| row.slot).collect();
-        self.in_flight[lane as usize].push_back(slots);
-        Ok(())
+        let ticket = Ticket(self.submitted);
+        self.submitted += 1;
+        self.in_flight[lane as usize].push_back(InFlight {
+            ticket,
+            slots: batch.rows.iter().map(|row| row.slot).collect(),
+            masks: batch.rows.iter().filter(|row| row.masked).count(),
+        });
+        Ok(ticket)
+    }
+
+    /// Accepts the masks of a batch; says on which lane that is.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Rejected`] if they break a rule; then nothing is changed.
+    pub fn mask(&mut self, ticket: Ticket, masks: &[TokenMask]) -> Result<Lane, ExecutorError> {
+        let vocab = self.capacity.vocab_size;
+        for lane in [Lane::Main, Lane::Prefill] {
+            let mut batches = self.in_flight[lane as usize].iter_mut();
+            let Some(batch) = batches.find(|batch| batch.ticket == ticket) else {
+                continue;
+            };
+            let refused = match masks.iter().find_map(|mask| check_mask(mask, vocab).err()) {
+                None if masks.is_empty() || masks.len() != batch.masks => format!(
+                    "{} masks for a batch that waits for {}",
+                    masks.len(),
+                    batch.masks
+                ),
+                None => {
+                    batch.masks = 0;
+                    return Ok(lane);
+                }
+                Some(what) => what,
+            };
+            return Err(ExecutorError::Rejected(refused));
+        }
+        let what = format!("masks for {ticket:?}, which is not in flight");
+        Err(ExecutorError::Rejected(what))
     }
 
     /// The oldest batch of `lane` is done.
@@ -72,10 +118,10 @@ impl Contract {
     /// # Panics
     /// If none is in flight.
     pub fn complete(&mut self, lane: Lane) {
-        let slots = self.in_flight[lane as usize]
+        let batch = self.in_flight[lane as usize]
             .pop_front()
             .expect("a batch is in flight");
-        for slot in slots {
+        for slot in batch.slots {
             self.slots[slot.0 as usize].in_flight -= 1;
         }
     }
@@ -120,24 +166,20 @@ impl Contract {
         check_copies(&batch.copies, capacity.blocks)?;
         let local_blocks = capacity.local.map_or(0, |local| local.blocks);
         check_copies(&batch.local_copies, local_blocks).map_err(|what| format!("local {what}"))?;
-        let mut slots = HashSet::new();
-        let (mut written, mut locally_written) = (HashSet::new(), HashSet::new());
         for row in &batch.rows {
-            if !slots.insert(row.slot) {
-                return Err(format!("slot {} has two rows", row.slot.0));
-            }
             self.check_row(lane, row)
                 .map_err(|what| format!("slot {}: {what}", row.slot.0))?;
-            for &block in row.writes(capacity.block_size) {
-                if !written.insert(block) {
-                    return Err(format!("block {} is written twice", block.0));
-                }
-            }
-            for &block in row.local_writes(capacity.block_size) {
-                if !locally_written.insert(block) {
-                    return Err(format!("local block {} is written twice", block.0));
-                }
-            }
+        }
+        let (rows, size) = (&batch.rows, capacity.block_size);
+        if let Some(slot) = repeated(rows.iter().map(|row| row.slot)) {
+            return Err(format!("slot {} has two rows", slot.0));
+        }
+        if let Some(block) = repeated(rows.iter().flat_map(|row| row.writes(size)).copied()) {
+            return Err(format!("block {} is written twice", block.0));
+        }
+        let local = rows.iter().flat_map(|row| row.local_writes(size));
+        if let Some(block) = repeated(local.copied()) {
+            return Err(format!("local block {} is written twice", block.0));
         }
         Ok(())
     }
@@ -163,6 +205,9 @@ impl Contract {
             }
             Input::Last => {}
         }
+        if row.masked && !row.sample {
+            return Err("a mask for a row that does not sample".into());
+        }
         let end = u64::from(row.start) + row.input.len() as u64;
         if end > u64::from(self.capacity.max_seq_len) {
             return Err(format!(
@@ -173,10 +218,9 @@ impl Contract {
         if end > row.blocks.len() as u64 * u64::from(self.capacity.block_size) {
             return Err(format!("its blocks do not cover {end} positions"));
         }
-        let blocks = self.capacity.blocks;
-        row.blocks
-            .iter()
-            .try_for_each(|&block| check_block(block, blocks))?;
+        if let Some(&last) = row.blocks.iter().max() {
+            check_block(last, self.capacity.blocks)?;
+        }
         self.check_local(row)
     }
 
@@ -220,6 +264,30 @@ impl Contract {
             Some(id) => Err(format!("token {id} is not in the vocabulary")),
             None => Ok(()),
         }
+    }
+}
+
+/// Something that comes more than once. Sorting is quicker than a set: this runs for every step.
+fn repeated<T: Ord + Copy>(items: impl Iterator<Item = T>) -> Option<T> {
+    let mut items: Vec<T> = items.collect();
+    items.sort_unstable();
+    let pair = items.windows(2).find(|pair| pair[0] == pair[1])?;
+    Some(pair[0])
+}
+
+fn check_mask(mask: &[u32], vocab: u32) -> Result<(), String> {
+    let words = vocab.div_ceil(32) as usize;
+    if mask.len() != words {
+        return Err(format!(
+            "a mask of {} words, {words} are needed",
+            mask.len()
+        ));
+    }
+    let beyond = 32 * words as u32 - vocab;
+    let (last, others) = mask.split_last().expect("a vocabulary is not empty");
+    match others.iter().any(|&word| word != 0) || last << beyond != 0 {
+        true => Ok(()),
+        false => Err("a mask that allows no token".into()),
     }
 }
 

@@ -15,11 +15,15 @@ mod batch;
 pub mod conformance;
 mod contract;
 mod error;
+mod pools;
 mod sim;
 
-pub use batch::{Batch, Bind, BlockCopy, Completion, Input, Lane, Row, RowOutput, Ticket};
+pub use batch::{
+    Batch, Bind, BlockCopy, Completion, Input, Lane, Row, RowOutput, Ticket, TokenMask,
+};
 pub use contract::Contract;
 pub use error::ExecutorError;
+pub use pools::KvMemory;
 pub use sim::{SimConfig, SimExecutor};
 
 use std::time::Instant;
@@ -88,6 +92,17 @@ pub trait Executor: Send {
     /// [`ExecutorError::Rejected`] when the batch breaks a rule of [`Batch`] or exceeds the
     /// capacity: nothing of it runs. [`ExecutorError::Fatal`] when the device is lost.
     fn submit(&mut self, lane: Lane, batch: Batch) -> Result<Ticket, ExecutorError>;
+
+    /// Gives the masks of a batch's masked rows, in their order, once. The forward pass does not wait for
+    /// them, only the choice of tokens does: a mask may depend on the token of the step before, which
+    /// comes back while this one runs. Batches may be submitted behind one that has no masks yet;
+    /// without them neither ever completes.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Rejected`] when the batch is not in flight, waits for no masks or for another
+    /// number of them, or when one has not a bit per token or allows none. [`ExecutorError::Fatal`] when
+    /// the device is lost.
+    fn mask(&mut self, ticket: Ticket, masks: Vec<TokenMask>) -> Result<(), ExecutorError>;
 
     /// Waits until `deadline` for the next completion, in order of submission within each lane.
     /// `None`: there was none by then.

@@ -9,7 +9,7 @@ use spate_types::{BlockId, FinishReason, GenerationRequest, Slot, TokenId};
 
 use crate::{
     Batch, Bind, Capacity, Completion, Contract, Executor, ExecutorError, Input, Lane, Row,
-    RowOutput, Ticket,
+    RowOutput, Ticket, TokenMask,
 };
 use model::{Model, mix};
 
@@ -28,6 +28,8 @@ pub struct SimConfig {
     pub fatal_after: Option<u64>,
     /// The device hangs after so many steps: nothing completes any more.
     pub hang_after: Option<u64>,
+    /// The driver hangs after so many steps: the call never returns.
+    pub stuck_after: Option<u64>,
 }
 
 impl SimConfig {
@@ -40,6 +42,7 @@ impl SimConfig {
             fail_token: None,
             fatal_after: None,
             hang_after: None,
+            stuck_after: None,
         }
     }
 }
@@ -66,7 +69,6 @@ pub struct SimExecutor {
     local_cells: Vec<Option<Cell>>,
     slots: Vec<Option<SlotState>>,
     queues: [VecDeque<Queued>; 2],
-    submitted: u64,
     completed: u64,
     /// Misuse that had no return value to report it.
     misused: Option<ExecutorError>,
@@ -88,6 +90,8 @@ struct SlotState {
 struct Queued {
     ticket: Ticket,
     batch: Batch,
+    /// Absent until they come, if some are awaited.
+    masks: Option<Vec<TokenMask>>,
     ready_at: Instant,
 }
 
@@ -103,7 +107,6 @@ impl SimExecutor {
             local_cells: unwritten(capacity.local.map_or(0, |local| local.blocks)),
             slots: (0..capacity.slots).map(|_| None).collect(),
             queues: Default::default(),
-            submitted: 0,
             completed: 0,
             misused: None,
             config,
@@ -139,7 +142,7 @@ impl SimExecutor {
             }
             let nth = output.len() as u32;
             let token = model
-                .sample(history, &request.sampling, seed, position, nth)
+                .sample(history, &request.sampling, seed, position, nth, None)
                 .token;
             output.push(token);
             position += 1;
@@ -193,7 +196,10 @@ impl SimExecutor {
 
     /// The lane whose oldest batch is done next.
     fn next_lane(&self) -> Option<Lane> {
-        let ready = |lane: Lane| self.queues[lane as usize].front().map(|q| q.ready_at);
+        let ready = |lane: Lane| {
+            let oldest = self.queues[lane as usize].front()?;
+            oldest.masks.is_some().then_some(oldest.ready_at)
+        };
         match (ready(Lane::Main), ready(Lane::Prefill)) {
             (None, None) => None,
             (Some(_), None) => Some(Lane::Main),
@@ -213,7 +219,11 @@ impl SimExecutor {
         }
     }
 
-    fn run_batch(&mut self, batch: &Batch) -> Result<Vec<RowOutput>, ExecutorError> {
+    fn run_batch(
+        &mut self,
+        batch: &Batch,
+        masks: &[TokenMask],
+    ) -> Result<Vec<RowOutput>, ExecutorError> {
         let size = self.config.capacity.block_size as usize;
         for (copies, cells) in [
             (&batch.copies, &mut self.cells),
@@ -224,10 +234,16 @@ impl SimExecutor {
                 cells.copy_within(src..src + size, copy.dst.0 as usize * size);
             }
         }
-        batch.rows.iter().map(|row| self.run_row(row)).collect()
+        let mut masks = masks.iter();
+        let mut mask_of = |row: &Row| row.masked.then(|| masks.next()).flatten();
+        batch
+            .rows
+            .iter()
+            .map(|row| self.run_row(row, mask_of(row)))
+            .collect()
     }
 
-    fn run_row(&mut self, row: &Row) -> Result<RowOutput, ExecutorError> {
+    fn run_row(&mut self, row: &Row, mask: Option<&TokenMask>) -> Result<RowOutput, ExecutorError> {
         let slot = &mut self.slots[row.slot.0 as usize];
         if let Some(bind) = &row.bind {
             *slot = Some(SlotState {
@@ -293,7 +309,8 @@ impl SimExecutor {
         }
         if row.sample && !output.failed {
             let nth = row.end().saturating_sub(bind.prompt.len() as u32);
-            let sampled = model.sample(history, &bind.sampling, bind.seed, row.end(), nth);
+            let (seed, mask) = (bind.seed, mask.map(|mask| &**mask));
+            let sampled = model.sample(history, &bind.sampling, seed, row.end(), nth, mask);
             *last = sampled.token;
             output.sampled = Some(sampled);
         }
@@ -310,38 +327,46 @@ impl Executor for SimExecutor {
         // Hazards are looked for in batches that are sound by themselves.
         self.contract.check(lane, &batch)?;
         self.check_hazards(lane, &batch)?;
-        self.contract.submit(lane, &batch)?;
+        let ticket = self.contract.submit(lane, &batch)?;
         let queue = &mut self.queues[lane as usize];
         let now = Instant::now();
         let begins = queue.back().map_or(now, |queued| queued.ready_at.max(now));
-        let ticket = Ticket(self.submitted);
-        self.submitted += 1;
         queue.push_back(Queued {
             ticket,
+            masks: (!batch.rows.iter().any(|row| row.masked)).then(Vec::new),
             batch,
             ready_at: begins + self.config.step_time,
         });
         Ok(ticket)
     }
 
+    fn mask(&mut self, ticket: Ticket, masks: Vec<TokenMask>) -> Result<(), ExecutorError> {
+        let lane = self.contract.mask(ticket, &masks)?;
+        let mut queue = self.queues[lane as usize].iter_mut();
+        let queued = queue.find(|queued| queued.ticket == ticket);
+        queued.expect("the contract knows it").masks = Some(masks);
+        Ok(())
+    }
+
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
         if let Some(error) = &self.misused {
             return Err(error.clone());
         }
-        if self
-            .config
-            .fatal_after
-            .is_some_and(|steps| self.completed >= steps)
-        {
+        let after = |steps: Option<u64>| steps.is_some_and(|steps| self.completed >= steps);
+        if after(self.config.fatal_after) {
             return Err(ExecutorError::Fatal("the simulated device was lost".into()));
         }
+        while after(self.config.stuck_after) {
+            std::thread::park();
+        }
         let Some(lane) = self.next_lane() else {
+            // Masks that are not there can't come while this thread is here.
+            if self.queues.iter().any(|queue| !queue.is_empty()) {
+                std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
+            }
             return Ok(None);
         };
-        let hangs = self
-            .config
-            .hang_after
-            .is_some_and(|steps| self.completed >= steps);
+        let hangs = after(self.config.hang_after);
         let queue = &mut self.queues[lane as usize];
         let ready_at = queue.front().expect("next_lane saw one").ready_at;
         let until = if hangs {
@@ -353,8 +378,13 @@ impl Executor for SimExecutor {
         if hangs || ready_at > deadline {
             return Ok(None);
         }
-        let Queued { ticket, batch, .. } = queue.pop_front().expect("next_lane saw one");
-        let outputs = self.run_batch(&batch)?;
+        let Queued {
+            ticket,
+            batch,
+            masks,
+            ..
+        } = queue.pop_front().expect("next_lane saw one");
+        let outputs = self.run_batch(&batch, &masks.unwrap_or_default())?;
         self.contract.complete(lane);
         self.completed += 1;
         Ok(Some(Completion {

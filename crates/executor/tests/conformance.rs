@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use spate_executor::{
     Batch, Bind, Capacity, Completion, Executor, ExecutorError, Input, Lane, RowOutput, SimConfig,
-    SimExecutor, Ticket, conformance,
+    SimExecutor, Ticket, TokenMask, conformance,
 };
 use spate_types::Slot;
 
@@ -24,6 +24,7 @@ enum Fault {
     Recomputation,
     KeepsBind,
     IgnoresSeed,
+    IgnoresMasks,
     PromptLogprobs,
     PrefillLane,
     SharedPrefix,
@@ -109,6 +110,13 @@ impl Executor for Broken {
         }
     }
 
+    fn mask(&mut self, ticket: Ticket, mut masks: Vec<TokenMask>) -> Result<(), ExecutorError> {
+        if self.fault == Fault::IgnoresMasks && masks.len() > 1 {
+            masks[0] = masks[0].iter().map(|_| u32::MAX).collect();
+        }
+        self.inner.mask(ticket, masks)
+    }
+
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
         let Some(mut completion) = self.inner.wait(deadline)? else {
             return Ok(None);
@@ -145,6 +153,7 @@ fn each_broken_promise_is_found() {
         // By whichever check first uses a slot again.
         (KeepsBind, "output"),
         (IgnoresSeed, "seed has no effect"),
+        (IgnoresMasks, "a masked token was chosen"),
         (PromptLogprobs, "prompt's logprobs"),
         (PrefillLane, "the lane of the prefill"),
         (SharedPrefix, "computed by another sequence"),

@@ -38,6 +38,7 @@ fn row(slot: u32, blocks: &[u32], start: u32, tokens: &[TokenId]) -> Row {
         blocks: Arc::new(blocks.iter().map(|&b| BlockId(b)).collect()),
         local: LocalBlocks::default(),
         sample: true,
+        masked: false,
         prompt_logprobs: false,
     }
 }

@@ -5,7 +5,7 @@ use crate::{GgmlType, ModelConfig, ModelError};
 /// A model on disk, whatever its format: what kind of transformer it is, and its tensors by the
 /// names that GGUF files give them (`blk.0.attn_q.weight`).
 ///
-/// Tensors are read on demand into memory that the caller owns, never memory-mapped: a file that
+/// Tensors are read on demand, whole or in parts, into memory that the caller owns, never memory-mapped: a file that
 /// shrinks or changes is an error while it's loaded and nothing at all afterwards, and no page of it
 /// stays resident beside the backend's own copy.
 pub trait Checkpoint: Send + Sync {
@@ -22,11 +22,25 @@ pub trait Checkpoint: Send + Sync {
     /// All tensors.
     fn tensors(&self) -> &[TensorInfo];
 
-    /// Appends a tensor's `bytes` bytes to `out`. May be called from several threads at once.
+    /// Fills `out` with a tensor's bytes from byte `start` on. May be called from several threads at
+    /// once.
     ///
     /// # Errors
     /// When a file can't be read or has shrunk since it was opened.
-    fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError>;
+    ///
+    /// # Panics
+    /// If the tensor has fewer bytes.
+    fn read_at(&self, tensor: &TensorInfo, start: usize, out: &mut [u8]) -> Result<(), ModelError>;
+
+    /// Appends a tensor's bytes to `out`.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at).
+    fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
+        let start = out.len();
+        out.resize(start + tensor.bytes, 0);
+        self.read_at(tensor, 0, &mut out[start..])
+    }
 
     /// One tensor by name.
     fn tensor(&self, name: &str) -> Option<&TensorInfo> {

@@ -31,12 +31,16 @@ impl DataFile {
         self.size
     }
 
-    /// Appends the bytes of a tensor in this file to `out`.
-    pub(crate) fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
-        let start = out.len();
-        out.resize(start + tensor.bytes, 0);
+    /// Fills `out` with the bytes of a tensor in this file from `start` on.
+    pub(crate) fn read_at(
+        &self,
+        tensor: &TensorInfo,
+        start: usize,
+        out: &mut [u8],
+    ) -> Result<(), ModelError> {
+        assert!(start <= tensor.bytes && out.len() <= tensor.bytes - start);
         self.file
-            .read_exact_at(&mut out[start..], tensor.offset)
+            .read_exact_at(out, tensor.offset + start as u64)
             .map_err(|source| match source.kind() {
                 ErrorKind::UnexpectedEof => ModelError::Format {
                     file: self.path.clone(),

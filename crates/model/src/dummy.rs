@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+use half::f16;
 
 use crate::{Checkpoint, GgmlType, HfDirectory, ModelConfig, ModelError, TensorInfo};
 
@@ -71,37 +71,60 @@ impl Checkpoint for DummyModel {
 
     /// Norms are one and biases zero. Matrices are uniform with a variance of one over their
     /// columns: whatever is as large as a norm leaves it, comes out as large.
-    fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
+    fn read_at(&self, tensor: &TensorInfo, start: usize, out: &mut [u8]) -> Result<(), ModelError> {
         if let [_] = tensor.dims[..] {
             let value: f32 = match tensor.name.ends_with("bias") {
                 true => 0.0,
                 false => 1.0,
             };
-            fill(out, tensor.bytes, || value.to_le_bytes());
+            fill(start, out, |_| value.to_le_bytes());
             return Ok(());
         }
-        let mut random = Uniform::new(self.seed, &tensor.name);
+        let random = Uniform::new(self.seed, &tensor.name);
         let limit = (3.0 / tensor.dims[0] as f32).sqrt();
-        let mut next = || random.next() * limit;
         match tensor.ggml_type {
-            GgmlType::F16 => fill(out, tensor.bytes, || f16::from_f32(next()).to_le_bytes()),
-            GgmlType::BF16 => fill(out, tensor.bytes, || bf16::from_f32(next()).to_le_bytes()),
-            _ => fill(out, tensor.bytes, || next().to_le_bytes()),
+            GgmlType::F16 => fill(start, out, |i| {
+                to_bytes(random.four(i).map(|x| f16::from_f32(x * limit).to_bits()))
+            }),
+            GgmlType::BF16 => fill(start, out, |i| {
+                to_bytes(random.four(i).map(|x| round_to_bf16(x * limit)))
+            }),
+            _ => fill(start, out, |i| (random.one(i) * limit).to_le_bytes()),
         }
         Ok(())
     }
 }
 
-/// Appends `bytes` bytes, `N` at a time.
-fn fill<const N: usize>(out: &mut Vec<u8>, bytes: usize, mut next: impl FnMut() -> [u8; N]) {
-    let start = out.len();
-    out.resize(start + bytes, 0);
-    for number in out[start..].as_chunks_mut::<N>().0 {
-        *number = next();
+/// The bytes from `start` on of an endless array; `group` gives the `N` bytes of each of its groups.
+fn fill<const N: usize>(start: usize, out: &mut [u8], group: impl Fn(u64) -> [u8; N]) {
+    let mut index = (start / N) as u64;
+    let (head, rest) = out.split_at_mut((start.next_multiple_of(N) - start).min(out.len()));
+    if !head.is_empty() {
+        head.copy_from_slice(&group(index)[start % N..][..head.len()]);
+        index += 1;
+    }
+    let (groups, tail) = rest.as_chunks_mut::<N>();
+    for bytes in groups {
+        *bytes = group(index);
+        index += 1;
+    }
+    if !tail.is_empty() {
+        tail.copy_from_slice(&group(index)[..tail.len()]);
     }
 }
 
-/// Uniform numbers in -1 .. 1 from splitmix64 (Steele, Lea & Flood 2014).
+/// Of a finite number; half a place is rounded away from zero. The `half` crate's conversion, which knows
+/// infinities and NaN, takes ten times as long.
+fn round_to_bf16(x: f32) -> u16 {
+    ((x.to_bits() + 0x8000) >> 16) as u16
+}
+
+fn to_bytes([a, b, c, d]: [u16; 4]) -> [u8; 8] {
+    let number = u64::from(a) | u64::from(b) << 16 | u64::from(c) << 32 | u64::from(d) << 48;
+    number.to_le_bytes()
+}
+
+/// Uniform numbers in -1 .. 1, each found by its index: splitmix64 (Steele, Lea & Flood 2014).
 struct Uniform(u64);
 
 impl Uniform {
@@ -114,12 +137,56 @@ impl Uniform {
         Self(hash ^ seed)
     }
 
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
+    fn bits(&self, index: u64) -> u64 {
+        let step = index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0.wrapping_add(step);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        // The upper 24 bits, signed.
-        ((z ^ (z >> 31)).cast_signed() >> 40) as f32 / (1 << 23) as f32
+        z ^ (z >> 31)
+    }
+
+    /// Of 24 bits.
+    fn one(&self, index: u64) -> f32 {
+        (self.bits(index).cast_signed() >> 40) as f32 / (1 << 23) as f32
+    }
+
+    /// Of 16 bits, more than numbers of 16 bits keep.
+    fn four(&self, index: u64) -> [f32; 4] {
+        let bits = self.bits(index);
+        [0, 16, 32, 48].map(|shift| f32::from((bits >> shift) as i16) / 32768.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn parts_are_those_of_the_whole() {
+        let random = Uniform::new(7, "blk.0.attn_q.weight");
+        let group = |i| to_bytes(random.four(i).map(round_to_bf16));
+        let mut whole = [0; 100];
+        fill(0, &mut whole, group);
+        for (start, len) in [(0, 8), (3, 2), (5, 40), (8, 0), (16, 16), (31, 69)] {
+            let mut part = vec![0; len];
+            fill(start, &mut part, group);
+            assert_eq!(
+                part,
+                whole[start..start + len],
+                "{len} bytes from {start} on"
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_the_nearest() {
+        let random = Uniform::new(7, "blk.0.attn_q.weight");
+        for x in (0..1000).flat_map(|i| random.four(i)) {
+            assert!((-1.0..1.0).contains(&x));
+            let error = (bf16::from_bits(round_to_bf16(x)).to_f32() - x).abs();
+            assert!(error <= (bf16::from_f32(x).to_f32() - x).abs(), "{x}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use crate::{Activation, GgmlType};
+use crate::{Activation, Checkpoint, GgmlType, ModelError, TensorInfo};
 
 /// Makes a backend's own form of the weights out of a file's.
 ///
@@ -27,7 +27,6 @@ pub trait Loader: Sync {
 }
 
 /// A linear map as it comes from the file.
-#[derive(Debug)]
 pub struct MatrixSource<'a> {
     /// Input width.
     pub cols: usize,
@@ -38,14 +37,44 @@ pub struct MatrixSource<'a> {
 }
 
 /// `rows x cols` elements, row-major, in a block format.
-#[derive(Debug)]
+///
+/// They are still in the file: a backend reads them to where it wants them, as much at a time as it
+/// has room for.
 pub struct MatrixPart<'a> {
     /// Format.
     pub ggml_type: GgmlType,
     /// Output width.
     pub rows: usize,
-    /// The elements.
-    pub bytes: &'a [u8],
+    /// Size of the elements.
+    pub bytes: usize,
+    pub(crate) model: &'a dyn Checkpoint,
+    pub(crate) tensor: &'a TensorInfo,
+    /// First byte of the tensor.
+    pub(crate) start: usize,
+}
+
+impl MatrixPart<'_> {
+    /// Fills `out` with the elements' bytes from `start` on.
+    ///
+    /// # Errors
+    /// When the file can't be read.
+    ///
+    /// # Panics
+    /// If there are fewer bytes.
+    pub fn read_at(&self, start: usize, out: &mut [u8]) -> Result<(), ModelError> {
+        assert!(start <= self.bytes && out.len() <= self.bytes - start);
+        self.model.read_at(self.tensor, self.start + start, out)
+    }
+
+    /// All the elements' bytes.
+    ///
+    /// # Errors
+    /// When the file can't be read.
+    pub fn read(&self) -> Result<Vec<u8>, ModelError> {
+        let mut bytes = vec![0; self.bytes];
+        self.read_at(0, &mut bytes)?;
+        Ok(bytes)
+    }
 }
 
 /// The fused operations that a transformer is made of.

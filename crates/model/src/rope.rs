@@ -86,6 +86,34 @@ pub struct Rotation {
     pub magnitude: f64,
 }
 
+impl Rotation {
+    /// Of a vector that is added to all keys before they are rotated (`[heads, head_dim]`), what they keep in
+    /// common up to the end of the longest sequence: pairs that turn by less than a radian until then, as
+    /// they are at position 0, and what is not rotated; zeros elsewhere. Within a radian, what is left of a
+    /// rotated vector without the vector is shorter than it.
+    pub fn common_part(
+        &self,
+        keys: &mut [f32],
+        head_dim: usize,
+        pairing: RopePairing,
+        max_seq_len: usize,
+    ) {
+        let pairs = self.rates.len();
+        for head in keys.chunks_exact_mut(head_dim) {
+            for (i, rate) in self.rates.iter().enumerate() {
+                let slow = rate * (max_seq_len as f64) < 1.0;
+                let factor = if slow { self.magnitude as f32 } else { 0.0 };
+                let (a, b) = match pairing {
+                    RopePairing::Interleaved => (2 * i, 2 * i + 1),
+                    RopePairing::Halves => (i, i + pairs),
+                };
+                head[a] *= factor;
+                head[b] *= factor;
+            }
+        }
+    }
+}
+
 /// YaRN's recommended magnitude for a scaling factor: 0.1 ln(factor) + 1.
 pub fn yarn_magnitude(factor: f32) -> f32 {
     if factor > 1.0 {

@@ -9,7 +9,7 @@ use crate::{Checkpoint, Loader, MatrixPart, MatrixSource, ModelConfig, ModelErro
 mod tests;
 
 /// All weights of a model, in a backend's form.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Weights<M, V> {
     /// Token embeddings `[vocab, hidden]`.
     pub embedding: M,
@@ -22,7 +22,7 @@ pub struct Weights<M, V> {
 }
 
 /// The weights of one transformer block.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LayerWeights<M, V> {
     /// Norm before attention.
     pub attn_norm: V,
@@ -320,26 +320,25 @@ impl MatrixPlan<'_> {
         model: &dyn Checkpoint,
         loader: &L,
     ) -> Result<L::Matrix, LoadError<L::Error>> {
-        let mut bytes = Vec::with_capacity(self.bytes());
-        for (info, _) in &self.tensors {
-            model.read(info, &mut bytes)?;
-        }
         let mut bias = Vec::new();
         for info in &self.biases {
             bias.extend(read_vector(model, info)?);
         }
-        let mut rest = bytes.as_slice();
         let mut parts = Vec::new();
-        for (info, maps) in &self.tensors {
-            let row_bytes = info.bytes / maps.iter().sum::<usize>();
+        for (tensor, maps) in &self.tensors {
+            let row_bytes = tensor.bytes / maps.iter().sum::<usize>();
+            let mut start = 0;
             for &rows in maps {
-                let (bytes, tail) = rest.split_at(rows * row_bytes);
-                rest = tail;
+                let bytes = rows * row_bytes;
                 parts.push(MatrixPart {
-                    ggml_type: info.ggml_type,
+                    ggml_type: tensor.ggml_type,
                     rows,
                     bytes,
+                    model,
+                    tensor,
+                    start,
                 });
+                start += bytes;
             }
         }
         let source = MatrixSource {

@@ -78,6 +78,10 @@ pub struct Stats {
     pub blocks_used: u32,
     /// KV blocks held by nothing but the prefix index.
     pub blocks_cached: u32,
+    /// Blocks in the pool of layers with a window; 0 if there is none.
+    pub local_blocks_total: u32,
+    /// Of those, blocks held by sequences.
+    pub local_blocks_used: u32,
     /// Rows submitted and not yet committed.
     pub in_flight_rows: u32,
     /// Tokens looked up in the prefix index when sequences first started.

@@ -139,6 +139,7 @@ impl Scheduler {
             blocks: Arc::clone(seq.table.blocks()),
             local: seq.table.local().clone(),
             sample: end == seq.len(),
+            masked: false,
             prompt_logprobs: wants_logprobs && start + 1 < seq.prompt_len(),
         };
         seq.bound = true;

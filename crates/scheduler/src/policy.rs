@@ -46,12 +46,15 @@ pub(crate) fn local_blocks_to_start(
     })
 }
 
+/// Positions of a prompt that make a step of decodes last about three times as long (on an H100).
+const LONG_PROMPT: u32 = 512;
+
 /// Where a sequence with `uncached` positions to compute starts.
 ///
 /// With nothing decoding, a prompt may take the whole device. A short prompt is fused with the
 /// decodes. A long one, which would make them wait, goes beside them if the executor can do that.
 pub(crate) fn lane(uncached: u32, decoding: bool, capacity: &Capacity) -> Lane {
-    let long = uncached > capacity.max_batch_tokens / 2;
+    let long = uncached > LONG_PROMPT.min(capacity.max_batch_tokens / 2);
     if long && decoding && capacity.lanes.contains(&Lane::Prefill) {
         Lane::Prefill
     } else {

@@ -302,6 +302,8 @@ impl Scheduler {
             blocks_total: self.blocks.total(),
             blocks_used: self.blocks.used(),
             blocks_cached: self.blocks.cached(),
+            local_blocks_total: self.capacity.local.map_or(0, |local| local.blocks),
+            local_blocks_used: self.blocks.local_used(),
             in_flight_rows: self
                 .in_flight
                 .iter()

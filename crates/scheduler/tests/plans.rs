@@ -875,6 +875,12 @@ fn a_long_prompt_takes_no_more_local_blocks_than_its_window_and_a_step() {
             row.local.end(),
             row.blocks.len().min(row.end() as usize / 4)
         );
+        let stats = bench.scheduler.stats();
+        let held = row.local.blocks.len() as u32;
+        assert_eq!(
+            (stats.local_blocks_used, stats.local_blocks_total),
+            (held, 8)
+        );
         bench.commit(&[(start == 32).then_some(1)]);
     }
     // It ended, and its prompt is found but for the block of its last token.

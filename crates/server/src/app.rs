@@ -55,6 +55,10 @@ pub struct ServedModel {
     pub defaults: SamplingDefaults,
     /// Names the build and the weights (`system_fingerprint`).
     pub fingerprint: String,
+    /// Where it runs, such as `cpu` or `cuda:0`.
+    pub device: String,
+    /// What its memory there went to, in bytes.
+    pub memory: Vec<(&'static str, u64)>,
 }
 
 impl ServedModel {

@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use spate_engine::{AdmitError, Event, Stats, StepReport};
 use spate_types::{FinishReason, Micros, RequestId, Timings, Usage};
@@ -91,6 +91,10 @@ impl Metrics {
             &model.engine.config().scheduler.prefix_caching.to_string(),
         ];
         metrics.cache_config.with_label_values(&labels).set(1);
+        for (part, bytes) in &model.memory {
+            let labels = [model.device.as_str(), part];
+            metrics.memory.with_label_values(&labels).set(*bytes as i64);
+        }
     }
 
     pub(crate) fn count_rejection(&self, e: &AdmitError) {
@@ -159,12 +163,16 @@ engine_metrics! {
     waiting_by_reason: IntGaugeVec = |opts| IntGaugeVec::new(opts, &["reason"]),
         "vllm:num_requests_waiting_by_reason", "Sequences waiting to run, by what they wait for.";
     kv_usage: Gauge = Gauge::with_opts,
-        "vllm:kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1.";
+        "vllm:kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1; of the fuller pool where there are two.";
     gpu_usage: Gauge = Gauge::with_opts,
         "vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.";
+    pool_usage: GaugeVec = |opts| GaugeVec::new(opts, &["pool"]),
+        "spate_kv_pool_usage", "Share of KV blocks in use, 0 to 1: main, and local for layers with a window.";
     cache_config: IntGaugeVec =
         |opts| IntGaugeVec::new(opts, &["block_size", "num_gpu_blocks", "enable_prefix_caching"]),
         "vllm:cache_config_info", "The KV cache's layout, as labels.";
+    memory: IntGaugeVec = |opts| IntGaugeVec::new(opts, &["device", "part"]),
+        "spate_memory_bytes", "Memory taken at start, by device and what it is for.";
     prefix_queries: IntCounter = IntCounter::with_opts,
         "vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.";
     prefix_hits: IntCounter = IntCounter::with_opts,
@@ -239,7 +247,16 @@ impl EngineMetrics {
         self.waiting_by_reason
             .with_label_values(&["capacity"])
             .set(i64::from(stats.waiting));
-        let usage = f64::from(stats.blocks_used) / f64::from(stats.blocks_total.max(1));
+        let share = |used: u32, total: u32| f64::from(used) / f64::from(total.max(1));
+        let pool_usage = |pool| self.pool_usage.with_label_values(&[pool]);
+        let mut usage = share(stats.blocks_used, stats.blocks_total);
+        pool_usage("main").set(usage);
+        if stats.local_blocks_total > 0 {
+            let local = share(stats.local_blocks_used, stats.local_blocks_total);
+            pool_usage("local").set(local);
+            // Whichever runs out first holds new sequences back.
+            usage = usage.max(local);
+        }
         self.kv_usage.set(usage);
         self.gpu_usage.set(usage);
     }

@@ -212,16 +212,10 @@ pub(crate) fn encode_chat(
         })
         .map_err(|e| text_error("messages", &e))?;
     refuse_hopeless(model, rendered.text.len(), "messages")?;
-    let encode = || -> Result<Vec<TokenId>, TextError> {
-        // What the tokenizer puts before a text of its own accord; a template normally does it.
-        let mut tokens = match chat.add_special_tokens {
-            true => model.tokenizer.encode("", true, false)?,
-            false => Vec::new(),
-        };
-        tokens.extend(model.tokenizer.encode_rendered(&rendered)?);
-        Ok(tokens)
-    };
-    encode().map_err(|e| text_error("messages", &e))
+    let encoded = model
+        .tokenizer
+        .encode_rendered(&rendered, chat.add_special_tokens);
+    encoded.map_err(|e| text_error("messages", &e))
 }
 
 fn text_error(param: &str, e: &TextError) -> ApiError {

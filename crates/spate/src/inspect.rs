@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use anyhow::{Result, bail};
-use spate_cpu::{CpuConfig, Estimate};
+use spate_cpu::Estimate;
 use spate_model::{ModelConfig, TensorInfo};
 
+use crate::backend::cpu_config;
 use crate::memory;
 use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
-use crate::serve::cpu_config;
 use crate::settings::units::{format_size, parse_size};
-use crate::settings::{SettingFlags, Settings};
+use crate::settings::{SettingFlags, Settings, Sizes};
 
 /// Show what a model is, what it takes, and whether it fits this machine
 #[derive(Debug, clap::Args)]
@@ -33,8 +33,8 @@ pub(crate) struct InspectArgs {
 /// Sequences and the length of each.
 #[derive(Debug, Clone, Copy)]
 struct Load {
-    sequences: u64,
-    tokens: u64,
+    sequences: u32,
+    tokens: u32,
 }
 
 /// Prints the report.
@@ -45,22 +45,18 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let model = OpenModel::open(&resolved.path, settings.load_format)?;
     let config = model.checkpoint().config()?;
     let load = args.load(&settings, &config)?;
-    let estimate = Estimate::new(
-        model.checkpoint(),
-        &CpuConfig {
-            // Of any size: a block's is asked for.
-            kv_cache_bytes: u64::MAX,
-            ..cpu_config(&settings)
-        },
-    )?;
+    let estimate = Estimate::new(model.checkpoint(), &cpu_config(&settings)?)?;
+    let block_size = Sizes::on_cpu(&settings).block_size;
     let mut text = describe(&resolved.name, &model, &config);
-    let needs = Needs::new(&estimate, load, settings.block_size.into());
-    needs.describe(&mut text, load, settings.cpu_mode.name());
-    text.push_str(&verdict(
-        needs,
+    describe_needs(
+        &mut text,
+        &estimate,
         load,
-        args.memory.or_else(memory::available),
-    ));
+        block_size,
+        settings.cpu_mode.name(),
+    )?;
+    let available = args.memory.or_else(memory::available);
+    text.push_str(&verdict(&estimate, load, available)?);
     print!("{text}");
     Ok(())
 }
@@ -77,8 +73,8 @@ impl InspectArgs {
             bail!("--concurrency 0: at least one sequence");
         }
         Ok(Load {
-            sequences: self.concurrency.into(),
-            tokens: tokens.into(),
+            sequences: self.concurrency,
+            tokens,
         })
     }
 }
@@ -157,121 +153,132 @@ fn format_count(n: u64) -> String {
     format!("{:.1}{name}", n as f64 / unit)
 }
 
-/// Bytes of each part.
-#[derive(Debug, Clone, Copy)]
-struct Needs {
-    weights: u64,
-    kv_cache: u64,
-    activations: u64,
-    /// Of the KV cache, for one sequence.
-    sequence: u64,
+/// The bytes of each part.
+fn describe_needs(
+    text: &mut String,
+    estimate: &Estimate,
+    load: Load,
+    block_size: u32,
+    mode: &str,
+) -> Result<()> {
+    let Load { sequences, tokens } = load;
+    let kv = estimate.kv_cache(sequences, tokens)?;
+    let mut line = |name: &str, part: &str, bytes: u64, note: &str| {
+        let bytes = format_size(bytes);
+        let _infallible = writeln!(text, "{name:<14}{part:<12}{bytes:>10}{note}");
+    };
+    let pool = |blocks: u32, of: &str| format!("  {blocks} blocks of {block_size} tokens{of}");
+    let main = kv.local.map_or("", |_| " in layers that see all");
+    line("memory", "weights", estimate.weights, "");
+    line("", "KV cache", kv.main.1, &pool(kv.main.0, main));
+    if let Some((blocks, bytes)) = kv.local {
+        line("", "", bytes, &pool(blocks, " in layers with a window"));
+    }
+    line("", "activations", estimate.activations, "");
+    let note = format!("  on a CPU, {mode}, for {sequences} sequences of {tokens} tokens");
+    line("", "total", total(estimate, kv.bytes), &note);
+    Ok(())
 }
 
-impl Needs {
-    fn new(estimate: &Estimate, load: Load, block_size: u64) -> Self {
-        let blocks = load.tokens.div_ceil(block_size);
-        let sequence = estimate.kv_block.saturating_mul(blocks);
-        Self {
-            weights: estimate.weights,
-            kv_cache: sequence.saturating_mul(load.sequences),
-            activations: estimate.activations,
-            sequence,
-        }
-    }
-
-    fn total(&self) -> u64 {
-        let fixed = self.weights.saturating_add(self.activations);
-        fixed.saturating_add(self.kv_cache)
-    }
-
-    fn describe(&self, text: &mut String, load: Load, mode: &str) {
-        let Load { sequences, tokens } = load;
-        let heading = format!("CPU, {mode}: {sequences} sequences of {tokens} tokens");
-        let lines = [
-            ("memory", heading),
-            ("", format!("weights     {:>10}", format_size(self.weights))),
-            (
-                "",
-                format!("KV cache    {:>10}", format_size(self.kv_cache)),
-            ),
-            (
-                "",
-                format!("activations {:>10}", format_size(self.activations)),
-            ),
-            ("", format!("total       {:>10}", format_size(self.total()))),
-        ];
-        for (name, value) in lines {
-            let _infallible = writeln!(text, "{name:<14}{value}");
-        }
-    }
+fn total(estimate: &Estimate, kv_cache: u64) -> u64 {
+    let fixed = estimate.weights.saturating_add(estimate.activations);
+    fixed.saturating_add(kv_cache)
 }
 
 /// Whether it fits, and if not, why and what would.
-fn verdict(needs: Needs, load: Load, available: Option<u64>) -> String {
-    let total = format_size(needs.total());
+fn verdict(estimate: &Estimate, load: Load, available: Option<u64>) -> Result<String> {
+    let Load { sequences, tokens } = load;
+    let kv_bytes = estimate.kv_cache(sequences, tokens)?.bytes;
+    let needed = total(estimate, kv_bytes);
+    let needs = format_size(needed);
     let Some(available) = available else {
-        return format!("it needs {total}; this machine does not say how much it has\n");
+        return Ok(format!(
+            "it needs {needs}; this machine does not say how much it has\n"
+        ));
     };
     let has = format_size(available);
-    if needs.total() <= available {
-        return format!("fits: it needs {total} of {has}\n");
+    if needed <= available {
+        return Ok(format!("fits: it needs {needs} of {has}\n"));
     }
-    let fixed = needs.weights.saturating_add(needs.activations);
+    let fixed = total(estimate, 0);
     let Some(left) = available.checked_sub(fixed) else {
-        let weights = format_size(fixed);
-        return format!(
-            "does not fit, because the weights and activations alone need {weights}, and there are {has}\n"
-        );
+        return Ok(format!(
+            "does not fit, because the weights and activations alone need {}, and there are {has}\n",
+            format_size(fixed)
+        ));
     };
-    let kv = format_size(needs.kv_cache);
-    let advice = match left / needs.sequence {
-        0 => {
-            let tokens = (u128::from(left) * u128::from(load.tokens)) / u128::from(needs.sequence);
-            format!("one sequence of {tokens} tokens would")
-        }
-        1 => format!("1 sequence of {} tokens would", load.tokens),
-        n => format!("{n} sequences of {} tokens would", load.tokens),
+    let fits = |sequences, tokens| {
+        let kv = estimate.kv_cache(sequences, tokens);
+        kv.is_ok_and(|kv| kv.bytes <= left)
     };
-    format!(
-        "does not fit, because the KV cache needs {kv} and {} are left of {has}; {advice}\n",
+    let advice = match most(sequences, |n| fits(n, tokens)) {
+        0 => match most(tokens, |n| fits(1, n)) {
+            0 => "no sequence would".to_owned(),
+            n => format!("one sequence of {n} tokens would"),
+        },
+        1 => format!("1 sequence of {tokens} tokens would"),
+        n => format!("{n} sequences of {tokens} tokens would"),
+    };
+    Ok(format!(
+        "does not fit, because the KV cache needs {} and {} are left of {has}; {advice}\n",
+        format_size(kv_bytes),
         format_size(left)
-    )
+    ))
+}
+
+/// The largest number up to `limit` that fits, where smaller ones do too; otherwise 0.
+fn most(limit: u32, fits: impl Fn(u32) -> bool) -> u32 {
+    let (mut good, mut bad) = (0, limit.saturating_add(1));
+    while bad - good > 1 {
+        let middle = good + (bad - good) / 2;
+        *(if fits(middle) { &mut good } else { &mut bad }) = middle;
+    }
+    good
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use spate_model::Gguf;
+    use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 
-    fn judge(sequences: u64, tokens: u64, available: Option<u64>) -> String {
-        let estimate = Estimate {
-            weights: 100 << 20,
-            kv_block: 1 << 20,
-            activations: 4 << 20,
-        };
+    /// What is said of a tiny model, whose KV blocks of 16 tokens take 8 KiB, when so much memory is
+    /// left for them.
+    fn judge(sequences: u32, tokens: u32, left: Option<i64>) -> String {
+        let file = TempFile::new(&tiny_llama(&TinyLlama {
+            layers: 4,
+            ..TinyLlama::default()
+        }));
+        let gguf = Gguf::open(file.path()).unwrap();
+        let config = cpu_config(&Settings::default()).unwrap();
+        let estimate = Estimate::new(&gguf, &config).unwrap();
+        assert_eq!(estimate.kv_cache(1, 16).unwrap().bytes, 8 << 10);
         let load = Load { sequences, tokens };
-        verdict(Needs::new(&estimate, load, 16), load, available)
+        let available = left.map(|left| total(&estimate, 0).checked_add_signed(left).unwrap());
+        verdict(&estimate, load, available).unwrap()
     }
 
     #[test]
     fn verdicts_say_why() {
-        let fits = judge(2, 160, Some(124 << 20));
-        assert_eq!(fits, "fits: it needs 124 MiB of 124 MiB\n");
-        let kv = judge(2, 161, Some(124 << 20));
+        let fits = judge(2, 160, Some(160 << 10));
+        assert!(fits.starts_with("fits: it needs "), "{fits}");
+        let kv = judge(2, 161, Some(160 << 10));
         assert!(
-            kv.contains("the KV cache needs 22.0 MiB and 20.0 MiB are left of 124 MiB"),
+            kv.contains("the KV cache needs 176 KiB and 160 KiB are left of "),
             "{kv}"
         );
         assert!(kv.ends_with("1 sequence of 161 tokens would\n"), "{kv}");
-        let long = judge(1, 640, Some(124 << 20));
+        let many = judge(9, 30, Some(127 << 10));
+        assert!(many.ends_with("7 sequences of 30 tokens would\n"), "{many}");
+        let long = judge(1, 400, Some(160 << 10));
         assert!(
             long.ends_with("one sequence of 320 tokens would\n"),
             "{long}"
         );
-        let weights = judge(1, 16, Some(100 << 20));
-        assert!(
-            weights.contains("weights and activations alone need 104 MiB"),
-            "{weights}"
-        );
+        assert!(judge(1, 16, Some(100)).ends_with("no sequence would\n"));
+        let weights = judge(1, 16, Some(-1));
+        assert!(weights.contains("weights and activations alone need "));
         assert!(judge(1, 16, None).contains("does not say"));
     }
 

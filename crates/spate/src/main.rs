@@ -1,8 +1,10 @@
 //! The Spate daemon and command line.
 
+mod backend;
 mod bench;
 mod chat;
 mod client;
+mod doctor;
 mod inspect;
 mod memory;
 mod models;
@@ -30,13 +32,14 @@ enum Command {
     Chat(chat::ChatArgs),
     Bench(bench::BenchArgs),
     Inspect(inspect::InspectArgs),
+    Doctor(doctor::DoctorArgs),
     Pull(models::PullArgs),
     Models(models::ModelsArgs),
 }
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(e) => {
             eprintln!("spate: {e:#}");
             ExitCode::FAILURE
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
+fn run(cli: Cli) -> Result<ExitCode> {
     // Two threads are enough for the sockets; the cores belong to the model.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -59,8 +62,9 @@ fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Pull(args) => models::pull(&args),
         Command::Models(args) => models::models(&args),
+        Command::Doctor(args) => return doctor::run(&args),
     };
     // Loading may still be under way on a thread that can't be called off.
     runtime.shutdown_background();
-    outcome
+    outcome.map(|()| ExitCode::SUCCESS)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 /// Bytes that can be taken without swapping: what the system has, or what the control group leaves.
 /// `None` where neither says.
 pub(crate) fn available() -> Option<u64> {
-    let system = read("/proc/meminfo").and_then(|text| meminfo_available(&text));
+    let system = meminfo("MemAvailable");
     let group = read("/proc/self/cgroup").and_then(|text| {
         let directory = Path::new("/sys/fs/cgroup").join(own_group(&text)?);
         let read = |name: &str| std::fs::read_to_string(directory.join(name)).ok();
@@ -18,13 +18,19 @@ pub(crate) fn available() -> Option<u64> {
     [system, group].into_iter().flatten().min()
 }
 
+/// Bytes of a line of `/proc/meminfo`.
+pub(crate) fn meminfo(name: &str) -> Option<u64> {
+    meminfo_line(&read("/proc/meminfo")?, name)
+}
+
 fn read(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
-fn meminfo_available(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+fn meminfo_line(text: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines();
+    let kib = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kib: u64 = kib.trim().strip_suffix(" kB")?.parse().ok()?;
     kib.checked_mul(1024)
 }
 
@@ -49,8 +55,8 @@ mod tests {
     #[test]
     fn what_the_system_says() {
         let text = "MemTotal:       24085508 kB\nMemAvailable:   21000000 kB\n";
-        assert_eq!(meminfo_available(text), Some(21_000_000 << 10));
-        assert_eq!(meminfo_available("MemTotal: 1 kB"), None);
+        assert_eq!(meminfo_line(text, "MemAvailable"), Some(21_000_000 << 10));
+        assert_eq!(meminfo_line(text, "Mem"), None);
         assert_eq!(own_group("0::/user.slice/x\n"), Some("user.slice/x"));
         assert_eq!(own_group("4:memory:/x\n"), None);
         let stat = "anon 1\ninactive_file 30\n";

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde_json::{Value as Json, json};
 
-use crate::{ChatTemplate, Rendered, TemplateInput, TemplateSource, TextError, fixture};
+use crate::{
+    ChatTemplate, Rendered, TemplateInput, TemplateSource, TextError, Tokenizer, VocabSpec, fixture,
+};
 
 /// 2026-11-23 12:00 UTC, when the corpus was made.
 const CORPUS_TIME: i64 = 1_795_435_200;
@@ -267,7 +269,7 @@ fn control_tokens(source: &str, messages: Json) -> (String, Vec<String>) {
     let tokenizer = fixture::tokenizer();
     let template = ChatTemplate::compile(source, &tokenizer).unwrap();
     let rendered = template.render(&input(&messages)).unwrap();
-    let tokens = tokenizer.encode_rendered(&rendered).unwrap();
+    let tokens = tokenizer.encode_rendered(&rendered, false).unwrap();
     assert_eq!(
         tokenizer.decode(&tokens, false),
         rendered.text,
@@ -276,6 +278,38 @@ fn control_tokens(source: &str, messages: Json) -> (String, Vec<String>) {
     let special = tokens.iter().filter(|&&t| tokenizer.is_special(t));
     let special = special.map(|&t| String::from_utf8(tokenizer.token_bytes(t).to_vec()).unwrap());
     (rendered.text, special.collect())
+}
+
+#[test]
+fn bos_comes_before_a_chat_once_and_eos_never() {
+    let tokenizer = Tokenizer::from_vocab(VocabSpec {
+        add_bos: Some(true),
+        add_eos: Some(true),
+        ..fixture::vocab()
+    });
+    let tokenizer = tokenizer.unwrap();
+    let (bos, eos) = (tokenizer.bos().unwrap(), tokenizer.eos_ids()[0]);
+    let tokens = |source: &str, add_special_tokens| {
+        let template = ChatTemplate::compile(source, &tokenizer).unwrap();
+        let messages = json!([{ "role": "user", "content": "a" }]);
+        let bos_token = tokenizer.bos_text();
+        let rendered = template.render(&TemplateInput {
+            bos_token,
+            ..input(&messages)
+        });
+        let rendered = rendered.unwrap();
+        tokenizer
+            .encode_rendered(&rendered, add_special_tokens)
+            .unwrap()
+    };
+    let plain = tokens("{{ messages[0].content }}", false);
+    assert!(!plain.contains(&bos) && !plain.contains(&eos));
+    let with_bos = [&[bos], &plain[..]].concat();
+    assert_eq!(tokens("{{ messages[0].content }}", true), with_bos);
+    for add_special_tokens in [false, true] {
+        let by_template = tokens("{{ bos_token + messages[0].content }}", add_special_tokens);
+        assert_eq!(by_template, with_bos);
+    }
 }
 
 #[test]

@@ -146,11 +146,18 @@ impl Tokenizer {
     }
 
     /// The tokens of a rendered chat. Control tokens are recognised where the template began them,
-    /// never where the client's text did; no `bos` is added, for the template writes its own.
+    /// never where the client's text did.
+    ///
+    /// `add_special_tokens` puts before it what the model wants before a text, unless the template
+    /// wrote that itself, as most do. Nothing is put after it: the answer comes there.
     ///
     /// # Errors
     /// [`TextError::TooLong`] for texts of 4 GiB and more.
-    pub fn encode_rendered(&self, rendered: &Rendered) -> Result<Vec<TokenId>, TextError> {
+    pub fn encode_rendered(
+        &self,
+        rendered: &Rendered,
+        add_special_tokens: bool,
+    ) -> Result<Vec<TokenId>, TextError> {
         let text = rendered.text.as_str();
         let mut out = Output::new(text)?;
         let matches = rendered
@@ -158,6 +165,9 @@ impl Tokenizer {
             .flat_map(|range| self.guarded.find(text, range))
             .collect();
         self.encode_between(text, matches, &mut out);
+        if add_special_tokens && !out.tokens.starts_with(&self.prefix) {
+            out.tokens.splice(0..0, self.prefix.iter().copied());
+        }
         Ok(out.tokens)
     }
 

@@ -14,16 +14,15 @@ cargo xtask kernels [--check] [--report] [NAME…]
     Compiles kernels/*.cu to kernels/prebuilt/*.fatbin: those that changed, or those named.
     --check   compiles all and fails if a byte differs from what is committed; writes nothing
     --report  prints registers, shared memory and spills of each kernel; writes nothing
-cargo xtask bundle [DIR]
-    Makes a folder (default: bundle/) with spate and the GPU's tests, for machines without Rust";
+cargo xtask bundle [DIR] [--model FILE.gguf]…
+    Makes a folder (default: bundle/) with spate, the GPU's tests and models, for machines without Rust";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match args.as_slice() {
         ["kernels", rest @ ..] => kernels::Options::parse(rest).and_then(|o| kernels::build(&o)),
-        ["bundle"] => bundle::make(&root().join("bundle")),
-        ["bundle", dir] => bundle::make(Path::new(dir)),
+        ["bundle", rest @ ..] => bundle::Options::parse(rest).and_then(|o| bundle::make(&o)),
         _ => Err(anyhow::anyhow!("{USAGE}")),
     };
     match result {

@@ -13,7 +13,8 @@ pub enum KvDtype {
     Bf16,
     /// 8-bit integers; a float16 scale for every 16 numbers of a key or a value. Keys are rotated
     /// first, so that the few large elements that some models' keys have don't cost the others
-    /// their bits.
+    /// their bits. What a bias adds to all keys alike is left out, as it is of the other narrow
+    /// types.
     Int8,
 }
 

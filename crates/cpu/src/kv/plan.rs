@@ -1,14 +1,10 @@
-use spate_executor::LocalKv;
+use spate_executor::{KvMemory, LocalKv};
 use spate_model::ModelConfig;
 
 use super::{KvDtype, KvShape, TILE};
 use crate::{CpuConfig, CpuError, MAX_HEAD_DIM};
 
 const MAX_BLOCK_SIZE: usize = 1024;
-
-/// Windows in a sequence of the length for which the pools are sized: shorter sequences run out of
-/// local blocks first, longer ones of main blocks.
-const TYPICAL_WINDOWS: usize = 4;
 
 /// How the memory for the KV cache is cut into pools.
 #[derive(Debug, Clone)]
@@ -33,16 +29,26 @@ impl KvPlan {
         config: &CpuConfig,
         max_seq_len: u32,
     ) -> Result<Self, CpuError> {
-        let layer = shape(model, config)?;
         let mut plan = Self {
             dtype: config.kv_dtype(),
-            main: layer,
+            main: shape(model, config)?,
             local: None,
             is_local: vec![false; model.layers],
         };
-        if let Some(local) = &model.local
-            && plan.divide(local.window, &local.layers, config, max_seq_len)
+        let memory = plan.memory(model, config, max_seq_len);
+        if let Some(layers) = &model.local
+            && let Some((main, local)) = memory.divide(layers.window as u32)
         {
+            let blocks = local.blocks as usize;
+            plan.local = Some((
+                KvShape {
+                    blocks,
+                    ..plan.main
+                },
+                local,
+            ));
+            plan.main.blocks = main as usize;
+            plan.is_local.clone_from(&layers.layers);
             return Ok(plan);
         }
         let block_bytes = plan.block_bytes();
@@ -57,47 +63,44 @@ impl KvPlan {
         Ok(plan)
     }
 
-    /// Sizes two pools so that sequences of a typical length fill both alike. `false`, and no change,
-    /// if that would not pay: sequences are short, or the memory is.
-    fn divide(
-        &mut self,
-        window: usize,
-        is_local: &[bool],
+    /// The plan for the least memory, whatever `config` says of it, in which `sequences` of `tokens`
+    /// positions have room together; and the bytes of that memory.
+    ///
+    /// # Errors
+    /// As of [`KvPlan::new`], and when blocks can't be counted.
+    pub(crate) fn for_load(
+        model: &ModelConfig,
         config: &CpuConfig,
         max_seq_len: u32,
-    ) -> bool {
-        let (size, tokens) = (config.block_size, config.max_batch_tokens);
-        let wide = |n: usize| n as u128;
-        let typical = window.saturating_mul(TYPICAL_WINDOWS);
-        let typical = typical.min(max_seq_len as usize).div_ceil(size as usize);
-        // A window may begin within a block.
-        let windowed = window.div_ceil(size as usize) + 1;
-        if windowed >= typical {
-            return false;
+        (sequences, tokens): (u32, u32),
+    ) -> Result<(Self, u64), CpuError> {
+        let mut config = config.clone();
+        config.kv_cache_bytes = u64::MAX;
+        let memory = Self::new(model, &config, max_seq_len)?.memory(model, &config, max_seq_len);
+        let window = model.local.as_ref().map(|local| local.window as u32);
+        let bytes = memory.needed(window, sequences, tokens).ok_or_else(|| {
+            CpuError::Config(format!(
+                "{sequences} sequences of {tokens} tokens need more KV blocks than can be counted"
+            ))
+        });
+        config.kv_cache_bytes = bytes?;
+        let plan = Self::new(model, &config, max_seq_len)?;
+        Ok((plan, config.kv_cache_bytes))
+    }
+
+    /// What the layers take of the memory.
+    fn memory(&self, model: &ModelConfig, config: &CpuConfig, max_seq_len: u32) -> KvMemory {
+        let local = model.local.iter().flat_map(|local| &local.layers);
+        let local = local.filter(|local| **local).count() as u64;
+        let bytes = self.main.block_bytes(self.dtype);
+        KvMemory {
+            bytes: config.kv_cache_bytes,
+            main_block: bytes * (model.layers as u64 - local),
+            local_block: bytes * local,
+            block_size: config.block_size,
+            max_seq_len,
+            max_batch_tokens: config.max_batch_tokens,
         }
-        let layers = |local: bool| is_local.iter().filter(|l| **l == local).count();
-        let bytes = u128::from(self.main.block_bytes(self.dtype));
-        let (main_bytes, local_bytes) = (bytes * wide(layers(false)), bytes * wide(layers(true)));
-        // Prompts that are being computed need room for a step beside their window.
-        let step = tokens.div_ceil(size) as usize;
-        let budget = u128::from(config.kv_cache_bytes);
-        let budget = budget.saturating_sub(local_bytes * wide(step));
-        let per_typical = main_bytes * wide(typical) + local_bytes * wide(windowed);
-        let most = wide(u32::MAX as usize);
-        let main = (budget * wide(typical) / per_typical).min(most) as u32;
-        let local = (wide(main as usize) * wide(windowed) / wide(typical)) as u32;
-        let local = local.saturating_add(step as u32);
-        let window = window as u32;
-        if local < LocalKv::least_blocks(window, size, tokens) || local >= main {
-            return false;
-        }
-        let mut shape = self.main;
-        shape.blocks = local as usize;
-        let blocks = local;
-        self.local = Some((shape, LocalKv { window, blocks }));
-        self.main.blocks = main as usize;
-        self.is_local = is_local.to_vec();
-        true
     }
 
     /// The local pool, as the scheduler sees it.
@@ -112,15 +115,30 @@ impl KvPlan {
         shapes.map(move |&is_local| (if is_local { local } else { self.main }, is_local))
     }
 
-    /// Bytes of all blocks.
-    pub(crate) fn bytes(&self) -> u64 {
-        let layers = self.layers();
+    /// Blocks of the main pool, and the bytes of all.
+    pub(crate) fn main_pool(&self) -> (u32, u64) {
+        (self.main.blocks as u32, self.pool_bytes(false))
+    }
+
+    /// The same of the local pool, if there is one.
+    pub(crate) fn local_pool(&self) -> Option<(u32, u64)> {
+        let blocks = self.local()?.blocks;
+        Some((blocks, self.pool_bytes(true)))
+    }
+
+    fn pool_bytes(&self, local: bool) -> u64 {
+        let layers = self.layers().filter(|(_, is_local)| *is_local == local);
         let bytes = layers.map(|(shape, _)| shape.block_bytes(self.dtype) * shape.blocks as u64);
         bytes.sum()
     }
 
+    /// Bytes of all blocks.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pool_bytes(false) + self.pool_bytes(true)
+    }
+
     /// Bytes of one block in every layer.
-    pub(crate) fn block_bytes(&self) -> u64 {
+    fn block_bytes(&self) -> u64 {
         self.main.block_bytes(self.dtype) * self.is_local.len() as u64
     }
 }

@@ -24,6 +24,7 @@ fn choose(logits: &[f32], slot: &SlotState, position: u32) -> SampledToken {
         &mut copy,
         slot,
         position,
+        None,
         &mut Scratch::default(),
     );
     assert_eq!(copy, logits, "the logits are put back");

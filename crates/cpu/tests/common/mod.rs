@@ -254,6 +254,7 @@ impl Sequence {
             blocks: self.blocks.clone(),
             local: self.local.clone(),
             sample: left <= chunk,
+            masked: false,
             prompt_logprobs: self.sampling.prompt_logprobs.is_some(),
         }
     }

@@ -1,22 +1,28 @@
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use half::bf16;
 use spate_executor::{
     Batch, Capacity, Completion, Contract, Executor, ExecutorError, Lane as LaneId, Ticket,
+    TokenMask,
 };
-use spate_model::{Checkpoint, LoadError, ModelConfig, Rope as ModelRope, Weights};
+use spate_model::{Checkpoint, ModelConfig, Rope as ModelRope, Weights};
 use spate_types::Slot;
 
+use super::kv::{self, KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
-use super::loader::{CudaLoader, weight_bytes};
+use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
 use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
-use crate::driver::{Arena, Device, Priority, Stream};
+use crate::driver::{Arena, Device, Partition, Priority, Stream};
+use crate::error::WEIGHTS;
 use crate::kernels::{
-    AddRmsNorm, Attention, AttentionModel, KvShape, MAX_VOCAB, Path, Rope, Want, Work,
+    AddRmsNorm, Attention, AttentionModel, KvDtype, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope,
+    Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -25,8 +31,18 @@ const LOGIT_TILE: usize = 256;
 /// Memory that is left to the driver: code of kernels, local memory, graphs.
 const DRIVER_RESERVE: u64 = 512 << 20;
 
-/// Threads that read weights: one alone does not saturate the page cache.
-const LOAD_THREADS: usize = 16;
+/// How prompts are computed while other sequences decode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// In the decodes' steps, in chunks.
+    Off,
+    /// Long ones on a stream of their own, which may fill the whole GPU. Decodes go first, but a decode
+    /// kernel waits for the prompts' kernel that holds the multiprocessors.
+    Streams,
+    /// As `Streams`, but the GPU is divided: so many multiprocessors (rounded up to what the GPU can divide by)
+    /// are the decodes' while a long prompt is computed on the others.
+    DecodeSms(u32),
+}
 
 /// Settings of the CUDA backend.
 #[derive(Debug, Clone)]
@@ -37,6 +53,8 @@ pub struct CudaConfig {
     pub block_size: u32,
     /// Size of the KV pool; `None` takes what [`memory_utilization`](Self::memory_utilization) leaves.
     pub kv_cache_bytes: Option<u64>,
+    /// How the KV cache is stored.
+    pub kv_dtype: KvDtype,
     /// Share of the GPU's memory to use, in (0, 1].
     pub memory_utilization: f32,
     /// Most positions in one sequence; 0 takes the model's context length.
@@ -45,6 +63,11 @@ pub struct CudaConfig {
     pub slots: u32,
     /// Most input tokens in one step.
     pub max_batch_tokens: u32,
+    /// Whether prompts and decodes run side by side.
+    pub overlap: Overlap,
+    /// Whether decode steps are replayed from graphs. Without, they give the same and take longer: that
+    /// is for tests and measurements.
+    pub graphs: bool,
 }
 
 /// Runs a model on one GPU.
@@ -54,10 +77,9 @@ pub struct CudaExecutor {
     device: Device,
     contract: Contract,
     budget: Vec<(&'static str, u64)>,
-    next_ticket: u64,
-    lane: Lane,
+    weight_formats: Vec<WeightFormat>,
+    lanes: Vec<(LaneId, Lane)>,
     slots: Slots,
-    max_works: usize,
     /// Why no completion will come any more.
     fatal: Option<String>,
     /// Weights, cache and slots; dropped after the lane, which uses them.
@@ -78,50 +100,79 @@ impl CudaExecutor {
         let device = Device::open(config.device)?;
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let weights_arena = Arena::new(&device, "the weights", weight_bytes(checkpoint, &model))?;
+        let needs = WeightPlan::new(checkpoint, &model)?;
+        let weights_arena = Arena::new(&device, WEIGHTS, needs.bytes)?;
         let weight_bytes = weights_arena.size();
-        let loader = CudaLoader::new(weights_arena);
+        let loader = CudaLoader::new(weights_arena)?;
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
         let threads = threads.min(LOAD_THREADS);
         let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
-        let weights = weights.map_err(|e| match e {
-            LoadError::Model(e) => CudaError::Model(e),
-            LoadError::Backend(e) => e,
-        })?;
+        let weights = weights.map_err(load_error)?;
         let weights_arena = loader.finish()?;
-        let plan = Plan::new(&device, &model, config, weight_bytes)?;
+        let plan = Plan::new(&device, &model, config, weight_bytes, needs.scratch)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
-        let cache = main.take(model.layers * plan.kv.layer_len())?;
+        let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
-        let attention = Attention::load(&device, Path::best(&device), plan.attention, cache)?;
         let stream = Stream::new(&device, Priority::High)?;
         let shared = Arc::new(Shared {
-            kernels: Kernels::load(&device, attention)?,
-            kv: plan.kv,
-            cache,
+            kernels: Kernels::load(&device)?,
+            pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,
+            common_keys: kv::common_keys(
+                &model,
+                &weights,
+                plan.max_seq_len as usize,
+                &stream,
+                &mut main,
+            )?,
             config: model,
             max_tokens: config.max_batch_tokens as usize,
+            max_seq_len: plan.max_seq_len as usize,
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
+            scratch: needs.scratch,
         });
-        let packed = packer::take(&mut main, plan.packed_bytes)?;
-        let lane_arena = Arena::new(&device, "activations", shared.lane_bytes(plan.max_works))?;
+        let lane_bytes = shared.lane_bytes(plan.max_works);
+        let mut lane = |stream| {
+            let packed = packer::take(&mut main, plan.packed_bytes)?;
+            let arena = Arena::new(&device, "activations", lane_bytes)?;
+            let ops = CudaOps::new(shared.clone(), stream, arena, plan.max_works)?;
+            Lane::new(&device, ops, weights.clone(), packed, plan.max_works)
+        };
+        let mut lanes = vec![(LaneId::Main, lane(stream)?)];
+        let parts = plan.partitions(&device)?;
+        let prefill = match &parts {
+            Some([_, rest]) => Some(Stream::within(rest, Priority::Low)?),
+            None if plan.lanes > 1 => Some(Stream::new(&device, Priority::Low)?),
+            None => None,
+        };
+        if let Some(stream) = prefill {
+            lanes.push((LaneId::Prefill, lane(stream)?));
+        }
+        let before_graphs = device.free_bytes()?;
+        let most_decodes = config.slots.min(config.max_batch_tokens) as usize;
+        if config.graphs {
+            let lane = &mut lanes[0].1;
+            lane.capture(&slots, most_decodes)?;
+            if let Some([part, _]) = &parts {
+                let stream = Stream::within(part, Priority::High)?;
+                lane.capture_beside(stream, &slots, most_decodes)?;
+            }
+        }
         let budget = vec![
             ("weights", weight_bytes),
-            ("KV cache", cache.bytes() as u64),
-            ("slots", main.size() - cache.bytes() as u64),
-            ("activations", lane_arena.size()),
+            ("KV cache", plan.kv.bytes()),
+            ("slots", main.size() - plan.kv.bytes()),
+            ("activations", lane_bytes * lanes.len() as u64),
+            ("graphs", before_graphs.saturating_sub(device.free_bytes()?)),
         ];
-        let ops = CudaOps::new(shared, stream, lane_arena, plan.max_works)?;
         Ok(Self {
             contract: Contract::new(plan.capacity(config)),
             budget,
-            next_ticket: 0,
-            lane: Lane::new(&device, ops, weights, packed)?,
+            weight_formats: needs.formats,
+            lanes,
             slots,
-            max_works: plan.max_works,
             fatal: None,
             device,
             _memory: [main, weights_arena],
@@ -131,6 +182,11 @@ impl CudaExecutor {
     /// What the GPU's memory went to, in bytes.
     pub fn memory_budget(&self) -> Vec<(&'static str, u64)> {
         self.budget.clone()
+    }
+
+    /// The matrices, by the format that the file has them in.
+    pub fn weight_formats(&self) -> &[WeightFormat] {
+        &self.weight_formats
     }
 
     /// The GPU.
@@ -148,6 +204,52 @@ impl CudaExecutor {
             None => Ok(()),
         }
     }
+
+    /// When the last step that [`Executor::wait`] gave of a lane ran, in nanoseconds of the device's
+    /// clock: what lies between two steps is time in which the lane was idle.
+    pub fn last_step(&self, lane: LaneId) -> Option<Range<u64>> {
+        let lane = self.lanes.iter().find(|(id, _)| *id == lane);
+        lane.map(|(_, lane)| lane.last())
+    }
+
+    fn poll(&mut self) -> Option<Completion> {
+        for (id, lane) in &mut self.lanes {
+            if let Some(completion) = lane.poll() {
+                self.contract.complete(*id);
+                return Some(completion);
+            }
+        }
+        None
+    }
+
+    /// Passes some time, at most until `deadline`: sleeping while nothing is due, spinning when a step is
+    /// about to end, because to be woken takes longer than what lies between two steps should.
+    fn pause(&self, now: Instant, deadline: Instant) -> Result<(), CudaError> {
+        const NAP: Duration = Duration::from_micros(20);
+        /// A lost device is noticed within it.
+        const LONGEST_NAP: Duration = Duration::from_millis(1);
+        /// What the system's timer adds to a nap.
+        const WAKING: Duration = Duration::from_micros(100);
+        let expected: Vec<_> = self.lanes.iter().filter_map(|l| l.1.expected()).collect();
+        if expected.iter().any(|due| due.contains(&now)) {
+            for _ in 0..64 {
+                std::hint::spin_loop();
+            }
+            return Ok(());
+        }
+        for (_, lane) in &self.lanes {
+            lane.check()?;
+        }
+        let overdue = expected.iter().any(|due| due.end <= now);
+        let next = expected.iter().map(|due| due.start).min();
+        let nap = match next {
+            Some(next) if !overdue => next.saturating_duration_since(now + WAKING),
+            Some(_) => NAP,
+            None => LONGEST_NAP,
+        };
+        thread::sleep(nap.min(LONGEST_NAP).min(deadline - now));
+        Ok(())
+    }
 }
 
 impl Executor for CudaExecutor {
@@ -160,35 +262,47 @@ impl Executor for CudaExecutor {
         for bind in batch.rows.iter().filter_map(|row| row.bind.as_ref()) {
             Slots::check(bind).map_err(|e| ExecutorError::Rejected(e.to_string()))?;
         }
-        self.contract.submit(lane, &batch)?;
-        let ticket = Ticket(self.next_ticket);
+        let ticket = self.contract.submit(lane, &batch)?;
         let queued = self.device.bind().and_then(|()| {
-            let slots = &mut self.slots;
-            self.lane.submit(ticket, &batch, slots, self.max_works)
+            let beside = self
+                .lanes
+                .iter()
+                .any(|(id, other)| *id != lane && other.is_busy());
+            let lane = self.lanes.iter_mut().find(|(id, _)| *id == lane);
+            let (_, lane) = lane.expect("the contract refuses lanes that are not there");
+            lane.submit(ticket, &batch, &mut self.slots, beside)
         });
         if let Err(error) = queued {
             return Err(self.fatal(error.to_string()));
         }
-        self.next_ticket += 1;
         Ok(ticket)
     }
 
+    fn mask(&mut self, ticket: Ticket, masks: Vec<TokenMask>) -> Result<(), ExecutorError> {
+        self.alive()?;
+        let id = self.contract.mask(ticket, &masks)?;
+        let lane = self.lanes.iter_mut().find(|(lane, _)| *lane == id);
+        if let Some((_, lane)) = lane {
+            lane.mask(ticket, &masks);
+        }
+        Ok(())
+    }
+
     fn wait(&mut self, deadline: Instant) -> Result<Option<Completion>, ExecutorError> {
-        /// A step of a small model takes a few times as long, and a tenth of this is lost to the timer.
-        const NAP: Duration = Duration::from_micros(20);
         self.alive()?;
         if let Err(error) = self.device.bind() {
             return Err(self.fatal(error.to_string()));
         }
         loop {
-            match self.lane.poll() {
-                Ok(Some(completion)) => {
-                    self.contract.complete(LaneId::Main);
-                    return Ok(Some(completion));
-                }
-                Ok(None) if Instant::now() >= deadline => return Ok(None),
-                Ok(None) => thread::sleep(NAP),
-                Err(error) => return Err(self.fatal(error.to_string())),
+            if let Some(completion) = self.poll() {
+                return Ok(Some(completion));
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Ok(None);
+            }
+            if let Err(error) = self.pause(now, deadline) {
+                return Err(self.fatal(error.to_string()));
             }
         }
     }
@@ -249,15 +363,16 @@ fn check_model(model: &ModelConfig, config: &CudaConfig) -> Result<(), CudaError
 
 /// Sizes, decided before memory is taken.
 struct Plan {
-    kv: KvShape,
-    layers: usize,
-    attention: AttentionModel,
+    kv: KvPlan,
     slots: SlotSizes,
     max_seq_len: u32,
     logit_tile: usize,
     max_works: usize,
     packed_bytes: usize,
-    rate_bytes: u64,
+    lanes: usize,
+    overlap: Overlap,
+    /// Rates of rotation, common parts of keys.
+    constant_bytes: u64,
 }
 
 impl Plan {
@@ -266,6 +381,7 @@ impl Plan {
         model: &ModelConfig,
         config: &CudaConfig,
         weight_bytes: u64,
+        scratch: usize,
     ) -> Result<Self, CudaError> {
         let max_seq_len = match config.max_seq_len {
             0 => model.context_len as u32,
@@ -273,15 +389,16 @@ impl Plan {
         };
         let max_blocks = max_seq_len.div_ceil(config.block_size) as usize;
         let slots = config.slots as usize;
-        let mut kv = KvShape {
-            blocks: 0,
-            kv_heads: model.kv_heads as u32,
-            block_size: config.block_size,
-            head_dim: model.head_dim as u32,
-        };
+        let shape = KvShape::new(
+            config.kv_dtype,
+            0,
+            model.kv_heads as u32,
+            config.block_size,
+            model.head_dim as u32,
+        );
         let attention = AttentionModel {
             heads: model.heads as u32,
-            shape: kv,
+            shape,
             scale: model.attention_scale,
             softcap: None,
         };
@@ -295,25 +412,19 @@ impl Plan {
             slots,
             vocab: model.vocab_size,
             max_blocks,
-            max_seq_len: max_seq_len as usize,
+            tables: 1 + usize::from(model.local.is_some()),
         };
         // A split has at least 256 positions.
         let splits = max_seq_len.div_ceil(256) as usize;
-        let max_works = 2 * slots + splits;
+        let max_works = 4 * slots + splits;
         let tokens = config.max_batch_tokens as usize;
         // Twice for layers with and without a window.
-        let work =
-            2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + slots * (2 + splits));
-        let mut plan = Self {
-            kv,
-            layers: model.layers,
-            attention,
-            slots: sizes,
-            max_seq_len,
-            logit_tile: LOGIT_TILE.min(tokens),
-            max_works,
-            packed_bytes: 0,
-            rate_bytes: 2 * Arena::room_for::<f64>(model.head_dim),
+        let decode_works = max_works.max(slots * (2 + splits));
+        let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works);
+        let logit_tile = LOGIT_TILE.min(tokens);
+        let lanes = match config.overlap {
+            Overlap::Off => 1,
+            Overlap::Streams | Overlap::DecodeSms(_) => 2,
         };
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
@@ -321,21 +432,34 @@ impl Plan {
             None => {
                 let total =
                     (device.total_bytes() as f64 * f64::from(config.memory_utilization)) as u64;
-                let used = weight_bytes + DRIVER_RESERVE + plan.activation_estimate(model, tokens);
-                total.saturating_sub(used + sizes.bytes()).min(free)
+                let activations = activation_estimate(model, tokens, logit_tile, max_works)
+                    + Arena::room_for::<bf16>(scratch)
+                    + kv::unpacked_bytes(&shape, max_seq_len, config.max_batch_tokens);
+                let steps = lanes as u64 * activations + sizes.bytes();
+                let left = total.checked_sub(weight_bytes + DRIVER_RESERVE + steps);
+                left.ok_or(CudaError::NoKvCache {
+                    usable: total,
+                    weights: weight_bytes,
+                    steps,
+                    driver: DRIVER_RESERVE,
+                    tokens: config.max_batch_tokens,
+                    slots: config.slots,
+                })?
+                .min(free)
             }
         };
-        let block_bytes = (model.layers * kv.block_len() * 2) as u64;
-        kv.blocks = (budget / block_bytes).min(u64::from(u32::MAX / config.block_size)) as u32;
-        if kv.blocks == 0 {
-            return Err(CudaError::OutOfMemory {
-                what: "one block of the KV cache",
-                bytes: block_bytes,
-                free: budget,
-            });
-        }
-        (plan.kv, plan.attention.shape) = (kv, kv);
-        plan.packed_bytes = Packer::room_for(&[
+        let kv = KvPlan::new(
+            model,
+            attention,
+            budget,
+            max_seq_len,
+            config.max_batch_tokens,
+        )?;
+        let copies = kv.blocks() + kv.local().map_or(0, |local| local.blocks);
+        // Of prompts, blocks to unpack and tables of them, in both pools.
+        let unpacked = 16 * usize::from(shape.is_packed()) * slots * max_blocks;
+        let packed_bytes = Packer::room_for(&[
+            4 * tokens,
             4 * tokens,
             4 * tokens,
             4 * tokens,
@@ -343,26 +467,45 @@ impl Plan {
             size_of::<Want>() * tokens,
             8 * slots,
             work,
-            8 * slots * max_blocks,
-            8 * kv.blocks as usize,
+            8 * sizes.tables * slots * max_blocks.max(2) + 256,
+            8 * copies as usize,
+            unpacked,
             // Alignment of each array: binds, and attention steps in parts.
-            256 * (slots + 8 * (slots + 4)),
+            256 * (2 * slots + 16 * (slots + 4)),
+            // What a bind brings along.
+            4 * max_seq_len as usize + MAX_EDITS * size_of::<u64>(),
         ]);
-        Ok(plan)
+        Ok(Self {
+            kv,
+            slots: sizes,
+            max_seq_len,
+            logit_tile,
+            max_works,
+            packed_bytes,
+            lanes,
+            overlap: config.overlap,
+            constant_bytes: 2 * Arena::room_for::<f64>(model.head_dim)
+                + kv::common_key_bytes(model),
+        })
     }
 
-    /// A lane's memory and the descriptions, roughly: to leave room for them.
-    fn activation_estimate(&self, model: &ModelConfig, tokens: usize) -> u64 {
-        let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
-        let logits = self.logit_tile * (4 * model.vocab_size + 2 * model.hidden);
-        let scratch = self.max_works * model.heads * (model.head_dim + 2) * 4;
-        (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
+    /// The decodes' part of the GPU and the long prompts', if it is divided.
+    fn partitions(&self, device: &Device) -> Result<Option<[Arc<Partition>; 2]>, CudaError> {
+        let Overlap::DecodeSms(sms) = self.overlap else {
+            return Ok(None);
+        };
+        if !(1..device.sms()).contains(&sms) {
+            return Err(CudaError::Config(format!(
+                "{sms} multiprocessors can't be kept for decodes: this GPU has {}",
+                device.sms()
+            )));
+        }
+        Ok(Some(Partition::split(device, sms)?.map(Arc::new)))
     }
 
     fn main_bytes(&self) -> u64 {
-        let cache = (self.layers * self.kv.layer_len() * 2) as u64;
-        let packed = self.packed_bytes.next_multiple_of(256) as u64;
-        cache.next_multiple_of(256) + self.slots.bytes() + packed + self.rate_bytes
+        let packed = self.lanes as u64 * self.packed_bytes.next_multiple_of(256) as u64;
+        self.kv.bytes() + self.slots.bytes() + packed + self.constant_bytes
     }
 
     fn rotations(
@@ -390,14 +533,27 @@ impl Plan {
     fn capacity(&self, config: &CudaConfig) -> Capacity {
         Capacity {
             slots: config.slots,
-            blocks: self.kv.blocks,
+            blocks: self.kv.blocks(),
             block_size: config.block_size,
             max_batch_tokens: config.max_batch_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
-            lanes: vec![LaneId::Main],
+            lanes: [LaneId::Main, LaneId::Prefill][..self.lanes].to_vec(),
             depth: DEPTH as u32,
-            local: None,
+            local: self.kv.local(),
         }
     }
+}
+
+/// A lane's memory and the descriptions, roughly: to leave room for them.
+fn activation_estimate(
+    model: &ModelConfig,
+    tokens: usize,
+    logit_tile: usize,
+    max_works: usize,
+) -> u64 {
+    let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
+    let logits = logit_tile * (4 * model.vocab_size + 2 * model.hidden);
+    let scratch = max_works * model.heads * (model.head_dim + 2) * 4;
+    (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64
 }

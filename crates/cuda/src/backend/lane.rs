@@ -1,49 +1,59 @@
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use spate_executor::{Batch, Completion, RowOutput, Ticket};
+use spate_executor::{Batch, Completion, Input, RowOutput, Ticket, TokenMask};
 use spate_model::{Transformer, Weights};
 use spate_types::{SampledToken, Slot};
 
+use super::graphs::{self, Bucket};
 use super::loader::Matrix;
-use super::ops::CudaOps;
-use super::packer::Packer;
-use super::slots::Slots;
-use super::step::{Describe, HostStep, Step};
+use super::ops::{CudaOps, Shared};
+use super::ring::{Outcome, Ring};
+use super::slots::{QueuedBind, Slots};
+use super::step::{Describe, HostStep, LocalTables, Step};
 use crate::CudaError;
-use crate::driver::{Device, Event, Pinned, Slice};
-use crate::kernels::{Chosen, MAX_TOP, Top, Want};
+use crate::driver::{Device, Graph, Slice, Stream};
+use crate::kernels::{Done, MAX_TOP, NONE, RING, Want};
 
 /// Batches that may be submitted on a lane and not yet be completed.
-pub(crate) const DEPTH: usize = 2;
+pub(crate) const DEPTH: usize = RING;
+
+/// What the completion of steps without rows is known by. No step has this ticket.
+const PADDING: u64 = u64::MAX;
 
 /// A queue of steps with everything that a step needs for itself: a stream, activations, the way of
-/// its description to the GPU and of its results back.
+/// its description to the GPU and of its results back, graphs.
+///
+/// A step is one graph launch if its rows all decode and sample, as nearly all are under load; else
+/// its kernels are launched one by one. Both run the same kernels in the same order.
 pub(crate) struct Lane {
     ops: CudaOps,
     transformer: Transformer<CudaOps>,
     step: HostStep,
-    /// Used in turn.
-    buffers: [Buffers; DEPTH],
-    next: usize,
+    ring: Ring,
+    max_works: usize,
+    /// By rows, ascending; those for the whole GPU, then those for a part.
+    buckets: Vec<Bucket>,
+    /// What the graphs for a part of the GPU were captured on; it keeps the part.
+    beside: Option<Arc<Stream>>,
     in_flight: VecDeque<InFlight>,
-}
-
-/// A step's host memory.
-struct Buffers {
-    packer: Packer,
-    failed: Pinned<u32>,
-    chosen: Pinned<Chosen>,
-    tops: Pinned<Top>,
-    start: Event,
-    end: Event,
+    /// When the last completion was seen.
+    completed: Instant,
+    /// When that step ran, in nanoseconds of the device's clock.
+    last: Range<u64>,
 }
 
 struct InFlight {
     ticket: Ticket,
-    buffers: usize,
+    buffer: usize,
     rows: Vec<Slot>,
     wants: Vec<Want>,
+    /// Whether it waits for masks.
+    masked: bool,
+    bucket: Option<usize>,
+    submitted: Instant,
 }
 
 impl Lane {
@@ -53,150 +63,256 @@ impl Lane {
         mut ops: CudaOps,
         weights: Weights<Matrix, Slice<f32>>,
         packed: Slice<u8>,
+        max_works: usize,
     ) -> Result<Self, CudaError> {
-        let buffers = || {
-            let (rows, tokens) = (ops.shared.max_rows, ops.shared.max_tokens);
-            Ok::<_, CudaError>(Buffers {
-                packer: Packer::new(device, packed)?,
-                failed: Pinned::new(device, rows)?,
-                chosen: Pinned::new(device, 2 * tokens)?,
-                tops: Pinned::new(device, 2 * tokens * MAX_TOP)?,
-                start: Event::new(device)?,
-                end: Event::new(device)?,
-            })
-        };
-        let buffers = [buffers()?, buffers()?];
         let config = ops.shared.config.clone();
         let transformer = Transformer::new(config, weights, &mut ops)?;
+        let most = Outcome {
+            failed: ops.failed,
+            chosen: ops.chosen,
+            tops: ops.tops,
+        };
         ops.stream.synchronize()?;
         Ok(Self {
+            ring: Ring::new(device, packed, ops.turn, &most)?,
             ops,
             transformer,
             step: HostStep::default(),
-            buffers,
-            next: 0,
+            max_works,
+            buckets: Vec::new(),
+            beside: None,
             in_flight: VecDeque::new(),
+            completed: Instant::now(),
+            last: 0..0,
         })
     }
 
-    /// Queues a step.
+    /// Captures graphs of decode steps with up to so many rows.
+    pub(crate) fn capture(&mut self, slots: &Slots, most: usize) -> Result<(), CudaError> {
+        // Once for real: what a kernel needs at its first launch can't be had while capturing.
+        let mut step = self.padding(slots, most)?;
+        self.queue(&mut step, &[], slots)?;
+        self.ops.stream.synchronize()?;
+        let buffer = self.ring.advance();
+        if self.ring.done(buffer, PADDING).is_none() {
+            let what = "a step without rows gave no result";
+            return Err(CudaError::Config(what.into()));
+        }
+        self.capture_on(None, slots, most)
+    }
+
+    /// The same for steps that run beside others, on the part of the GPU that a stream is bound to.
+    pub(crate) fn capture_beside(
+        &mut self,
+        part: Stream,
+        slots: &Slots,
+        most: usize,
+    ) -> Result<(), CudaError> {
+        self.capture_on(Some(Arc::new(part)), slots, most)
+    }
+
+    fn capture_on(
+        &mut self,
+        part: Option<Arc<Stream>>,
+        slots: &Slots,
+        most: usize,
+    ) -> Result<(), CudaError> {
+        let (beside, whole) = (part.is_some(), Arc::clone(&self.ops.stream));
+        let stream = part.unwrap_or_else(|| Arc::clone(&whole));
+        self.ops.stream = Arc::clone(&stream);
+        for rows in graphs::sizes(most) {
+            let mut step = self.padding(slots, rows)?;
+            let graph = Graph::capture(&stream, || self.queue(&mut step, &[], slots))?;
+            graph.upload(&whole)?;
+            self.buckets.push(Bucket::new(rows, beside, graph, &step));
+        }
+        self.ops.stream = Arc::clone(&whole);
+        if beside {
+            self.beside = Some(stream);
+        }
+        whole.synchronize()
+    }
+
+    /// A step of nothing but padding.
+    fn padding(&mut self, slots: &Slots, rows: usize) -> Result<Step, CudaError> {
+        let shared = Arc::clone(&self.ops.shared);
+        self.step.clear();
+        self.step.ticket = PADDING;
+        self.step
+            .pad(rows, &describe(&shared, slots, self.max_works));
+        let packer = self.ring.packer();
+        packer.clear();
+        self.step.pack(packer, slots.tables)
+    }
+
+    /// Whether steps are in flight.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.in_flight.is_empty()
+    }
+
+    /// Queues a step. `beside`: another lane is busy.
     pub(crate) fn submit(
         &mut self,
         ticket: Ticket,
         batch: &Batch,
         slots: &mut Slots,
-        max_works: usize,
+        beside: bool,
     ) -> Result<(), CudaError> {
-        let index = self.next;
-        let buffers = &mut self.buffers[index];
-        buffers.packer.clear();
-        let mut bound = Vec::new();
-        for row in &batch.rows {
-            if let Some(bind) = &row.bind {
-                let triple = Slots::pack_bind(&mut buffers.packer, row.slot, bind)?;
-                bound.push((row.slot, bind, triple));
+        let shared = Arc::clone(&self.ops.shared);
+        let describe = describe(&shared, slots, self.max_works);
+        let binds = || {
+            batch
+                .rows
+                .iter()
+                .filter_map(|row| Some((row.slot, row.bind.as_ref()?)))
+        };
+        for (slot, bind) in binds() {
+            slots.note(slot, bind);
+        }
+        self.step.fill(ticket, batch, slots, &describe);
+        let bucket = self.bucket(batch, beside && self.beside.is_some());
+        if let Some(bucket) = bucket {
+            self.step.pad(self.buckets[bucket].rows, &describe);
+        }
+        let packer = self.ring.packer();
+        packer.clear();
+        let mut step = self.step.pack(packer, slots.tables)?;
+        match bucket {
+            Some(bucket) => {
+                // SAFETY: it touches what all steps of this lane touch.
+                unsafe { self.buckets[bucket].launch(&self.ops.stream, &step)? };
+            }
+            None => {
+                let binds = Slots::pack_binds(packer, binds())?;
+                step.packed = packer.packed();
+                self.queue(&mut step, &binds, slots)?;
             }
         }
-        let shared = self.ops.shared.clone();
-        for (slot, bind, _) in &bound {
-            slots.note(*slot, bind);
-        }
-        self.step.fill(batch, slots, shared.kv.block_size);
-        let local = shared.config.local.as_ref();
-        let describe = Describe {
-            attention: &shared.kernels.attention,
-            max_works,
-            tables: slots.tables,
-            local_window: local.map(|local| local.window as u32),
-        };
-        let mut step = self.step.pack(&mut buffers.packer, &describe)?;
-
-        let stream = &self.ops.stream;
-        stream.record(&buffers.start)?;
-        // SAFETY: these buffers' last step has completed, and they are not used again before this one
-        // has.
-        unsafe { buffers.packer.upload(stream)? };
-        for (slot, bind, triple) in bound {
-            // SAFETY: a slot is bound anew only when nothing in flight names it.
-            unsafe { slots.bind(stream, &shared.kernels.sample, slot, bind, triple)? };
-        }
-        self.ops.begin(&step, slots.tables)?;
-        let layers = 0..self.transformer.config().layers;
-        self.transformer.forward(&mut self.ops, &mut step, layers)?;
-        self.fetch(index, batch, slots, &step)?;
         self.in_flight.push_back(InFlight {
             ticket,
-            buffers: index,
+            buffer: self.ring.advance(),
             rows: batch.rows.iter().map(|row| row.slot).collect(),
             wants: self.step.wants.clone(),
+            masked: batch.rows.iter().any(|row| row.masked),
+            bucket,
+            submitted: Instant::now(),
         });
-        self.next = (index + 1) % DEPTH;
         Ok(())
     }
 
-    /// Queues the results' way back.
-    fn fetch(
-        &mut self,
-        index: usize,
-        batch: &Batch,
-        slots: &Slots,
-        step: &Step,
-    ) -> Result<(), CudaError> {
-        let (buffers, ops) = (&mut self.buffers[index], &self.ops);
-        let (rows, results) = (batch.rows.len(), 2 * step.wants.len());
-        let with_tops = batch.rows.iter().any(|row| {
-            let p = &slots.get(row.slot).sampling;
-            p.logprobs.is_some() || (row.prompt_logprobs && p.prompt_logprobs.is_some())
+    /// The bucket of a step in which every row decodes and samples, and nothing else happens.
+    fn bucket(&self, batch: &Batch, beside: bool) -> Option<usize> {
+        let rows = batch.rows.len();
+        let at = self
+            .buckets
+            .iter()
+            .position(|b| b.beside == beside && b.rows >= rows)?;
+        let plain = batch.rows.iter().all(|row| {
+            row.input == Input::Last && row.sample && row.bind.is_none() && !row.prompt_logprobs
         });
-        let tops = if with_tops { results * MAX_TOP } else { 0 };
-        // SAFETY: as for the upload.
+        (plain && self.step.fits(self.buckets[at].rows)).then_some(at)
+    }
+
+    /// Queues a step's kernels.
+    fn queue(
+        &mut self,
+        step: &mut Step,
+        binds: &[QueuedBind],
+        slots: &Slots,
+    ) -> Result<(), CudaError> {
+        let shared = Arc::clone(&self.ops.shared);
+        let (stream, kernels) = (Arc::clone(&self.ops.stream), &shared.kernels);
+        // SAFETY: the step that used these buffers has completed, and they are not used again before
+        // this one has. A slot is bound anew only when nothing in flight names it.
         unsafe {
-            let stream = &ops.stream;
-            stream.download(ops.failed.range(0..rows), &mut buffers.failed[..rows])?;
-            stream.download(ops.chosen.range(0..results), &mut buffers.chosen[..results])?;
-            stream.download(ops.tops.range(0..tops), &mut buffers.tops[..tops])?;
+            self.ring.fetch(&stream, &kernels.step_io, step.packed)?;
+            for bind in binds {
+                slots.bind(&stream, &kernels.sample, bind, self.ops.prompt)?;
+            }
         }
-        ops.stream.record(&buffers.end)
+        self.ops.begin(step, slots.tables)?;
+        let layers = 0..self.transformer.config().layers;
+        self.transformer.forward(&mut self.ops, step, layers)?;
+        let (rows, results) = (step.rows.len() / 2, 2 * step.wants.len());
+        let outcome = Outcome {
+            failed: self.ops.failed.range(0..rows),
+            chosen: self.ops.chosen.range(0..results),
+            tops: self.ops.tops.range(0..results * MAX_TOP),
+        };
+        // SAFETY: as above.
+        unsafe {
+            self.ring
+                .deliver(&stream, &kernels.step_io, step.packed, &outcome)
+        }
+    }
+
+    /// Gives a step the masks that it waits for.
+    pub(crate) fn mask(&mut self, ticket: Ticket, masks: &[TokenMask]) {
+        let mut steps = self.in_flight.iter_mut();
+        if let Some(step) = steps.find(|step| step.ticket == ticket) {
+            step.masked = false;
+            self.ops.masks.give(step.buffer, ticket.0 + 1, masks);
+        }
     }
 
     /// The oldest step's results, if it is done.
-    pub(crate) fn poll(&mut self) -> Result<Option<Completion>, CudaError> {
-        let Some(oldest) = self.in_flight.front() else {
-            return Ok(None);
-        };
-        if !self.buffers[oldest.buffers].end.is_done()? {
-            return Ok(None);
-        }
+    pub(crate) fn poll(&mut self) -> Option<Completion> {
+        let oldest = self.in_flight.front()?;
+        let Done { started, ended, .. } = self.ring.done(oldest.buffer, oldest.ticket.0 + 1)?;
         let done = self.in_flight.pop_front().expect("it has a front");
-        let buffers = &self.buffers[done.buffers];
-        let busy = buffers.end.since(&buffers.start)?;
-        Ok(Some(self.complete(done, busy)))
+        let busy = Duration::from_nanos(ended.saturating_sub(started));
+        if let Some(bucket) = done.bucket {
+            self.buckets[bucket].busy = busy;
+        }
+        self.completed = Instant::now();
+        self.last = started..ended;
+        Some(self.complete(&done, busy))
     }
 
-    fn complete(&self, done: InFlight, busy: Duration) -> Completion {
-        let buffers = &self.buffers[done.buffers];
-        let mut outputs: Vec<RowOutput> = (0..done.rows.len())
-            .map(|row| RowOutput {
-                failed: buffers.failed[row] != 0,
-                ..RowOutput::default()
-            })
-            .collect();
+    /// Whether the device still works.
+    pub(crate) fn check(&self) -> Result<(), CudaError> {
+        self.ops.stream.is_done().map(|_| ())
+    }
+
+    /// When the oldest step will probably be done, if there is one: known for those that ran before.
+    pub(crate) fn expected(&self) -> Option<Range<Instant>> {
+        let oldest = self.in_flight.front()?;
+        let start = oldest.submitted.max(self.completed);
+        Some(match oldest.bucket.map(|i| self.buckets[i].busy) {
+            Some(busy) => start + busy * 9 / 10..start + busy * 5 / 4 + Duration::from_micros(50),
+            None => start..start,
+        })
+    }
+
+    /// When the last completed step ran, in nanoseconds of the device's clock.
+    pub(crate) fn last(&self) -> Range<u64> {
+        self.last.clone()
+    }
+
+    fn complete(&self, done: &InFlight, busy: Duration) -> Completion {
+        let failed = self.ring.failed(done.buffer, done.rows.len());
+        let chosen = self.ring.chosen(done.buffer, 2 * done.wants.len());
+        let output = |&failed: &u32| RowOutput {
+            failed: failed != 0,
+            ..RowOutput::default()
+        };
+        let mut outputs: Vec<RowOutput> = failed.iter().map(output).collect();
         let tile = self.ops.shared.logit_tile;
         for (i, want) in done.wants.iter().enumerate() {
+            if want.slot == NONE {
+                break; // padding comes last
+            }
             // A tile's results: its prompt tokens', then its sampled tokens'.
             let start = i / tile * tile;
             let len = tile.min(done.wants.len() - start);
             let [prompt, sampled] = [start + i, start + len + i];
-            let logprobs = |at: usize| {
-                let tops = &buffers.tops[at * MAX_TOP..][..MAX_TOP];
-                buffers.chosen[at].logprobs(tops)
-            };
+            let logprobs = |at: usize| chosen[at].logprobs(self.ring.tops(done.buffer, at));
             let output = &mut outputs[want.row as usize];
             if output.failed {
                 continue;
             }
             output.prompt_logprobs.extend(logprobs(prompt));
-            if let Ok(token) = u32::try_from(buffers.chosen[sampled].token) {
+            if let Ok(token) = u32::try_from(chosen[sampled].token) {
                 let logprobs = logprobs(sampled).map(Box::new);
                 output.sampled = Some(SampledToken { token, logprobs });
             }
@@ -206,5 +322,32 @@ impl Lane {
             outputs,
             busy,
         }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // The stream is drained next: nothing on it may wait for masks that never come.
+        for step in self.in_flight.iter().filter(|step| step.masked) {
+            self.ops.masks.give(step.buffer, step.ticket.0 + 1, &[]);
+        }
+    }
+}
+
+fn describe<'a>(shared: &'a Shared, slots: &Slots, max_works: usize) -> Describe<'a> {
+    let local = shared.config.local.as_ref();
+    let further = match shared.pools.local {
+        Some(_) => slots.local_tables(),
+        None => 0,
+    };
+    Describe {
+        attention: &shared.pools.main.attention,
+        max_works,
+        block_size: shared.pools.main.shape.block_size,
+        unpacked: shared.pools.unpacked_blocks(),
+        local: local.map(|local| LocalTables {
+            window: local.window as u32,
+            further,
+        }),
     }
 }

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use half::bf16;
 use spate_model::{Activation, ModelConfig, Ops};
 
-use super::loader::Matrix;
-use super::step::Step;
+use super::kv::{KvPools, Pool, Unpacked};
+use super::loader::{Matrix, Stored};
+use super::masks::Masks;
+use super::step::{PromptStep, Step};
 use crate::CudaError;
 use crate::driver::{Arena, Device, Slice, Stream};
 use crate::kernels::{
-    ActMul, AddRmsNorm, Attention, Chosen, CopyBlocks, DecodeScratch, Embed, KvShape, MAX_TOP,
-    Output, Product, QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, Top,
+    ActMul, AddRmsNorm, Chosen, CopyBlocks, DecodeScratch, Embed, MAX_TOP, Output, Path, Product,
+    QkNormRopeAppend, Rope, Sample, SampleTile, Scatter, SlotMemory, StepIo, Top, Turn,
 };
 use crate::linear::Linear;
 
@@ -24,24 +26,24 @@ pub(crate) struct Kernels {
     pub(crate) act_mul: ActMul,
     pub(crate) linear: Linear,
     pub(crate) rope: Rope,
-    pub(crate) attention: Attention,
     pub(crate) sample: Sample,
     pub(crate) copy_blocks: CopyBlocks,
     pub(crate) scatter: Scatter,
+    pub(crate) step_io: StepIo,
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device, attention: Attention) -> Result<Self, CudaError> {
+    pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
         Ok(Self {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
-            linear: Linear::load(device)?,
+            linear: Linear::load(device, Path::best(device))?,
             rope: Rope::load(device)?,
-            attention,
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,
             scatter: Scatter::load(device)?,
+            step_io: StepIo::load(device)?,
         })
     }
 }
@@ -50,18 +52,22 @@ impl Kernels {
 pub(crate) struct Shared {
     pub(crate) kernels: Kernels,
     pub(crate) config: ModelConfig,
-    pub(crate) kv: KvShape,
-    /// `[layers][blocks]…`, see [`KvShape`].
-    pub(crate) cache: Slice<bf16>,
+    pub(crate) pools: KvPools,
     pub(crate) slots: SlotMemory,
     /// Rotation of layers that see everything, and of those with a window.
     pub(crate) rotations: [Option<Rates>; 2],
+    /// For each layer what is taken from every key, see [`super::kv::common_keys`].
+    pub(crate) common_keys: Vec<Option<Slice<f32>>>,
     /// Most tokens of a step.
     pub(crate) max_tokens: usize,
+    /// Longest sequence.
+    pub(crate) max_seq_len: usize,
     /// Most rows of a step.
     pub(crate) max_rows: usize,
     /// Positions whose logits exist at the same time.
     pub(crate) logit_tile: usize,
+    /// Elements that products with quantised weights need.
+    pub(crate) scratch: usize,
 }
 
 /// How fast each rotated pair turns.
@@ -80,15 +86,23 @@ pub(crate) struct Act {
 /// [`Ops`] on a stream, with the scratch memory of one lane.
 pub(crate) struct CudaOps {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) stream: Stream,
+    pub(crate) stream: Arc<Stream>,
     arena: Arena,
     /// `[tokens][pairs][2]`, as in [`Shared::rotations`].
     rotations: [Slice<f32>; 2],
     decode: DecodeScratch,
+    /// What prompts read, if the cache has codes.
+    unpacked_kv: Option<Unpacked>,
+    /// Unpacked weights.
+    unpacked: Slice<bf16>,
     /// Hidden states of a tile of wanted positions.
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
     logits: Slice<f32>,
+    /// Room for a prompt.
+    pub(crate) prompt: Slice<u32>,
+    pub(crate) turn: Slice<Turn>,
+    pub(crate) masks: Masks,
     /// One per row.
     pub(crate) failed: Slice<u32>,
     /// `[2]` per wanted position, tile after tile.
@@ -118,9 +132,14 @@ impl Shared {
             + act(c.ffn)
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
-            + self.kernels.attention.scratch_bytes(max_works)
+            + self.pools.main.attention.scratch_bytes(max_works)
+            + self.pools.unpacked_bytes()
+            + Arena::room_for::<bf16>(self.scratch)
             + Arena::room_for::<bf16>(self.logit_tile * c.hidden)
             + Arena::room_for::<f32>(self.logit_tile * self.padded_vocab())
+            + Arena::room_for::<u32>(self.max_seq_len)
+            + Arena::room_for::<Turn>(1)
+            + Arena::room_for::<u32>(self.max_rows * Masks::words(self.config.vocab_size))
             + Arena::room_for::<u32>(self.max_rows)
             + Arena::room_for::<Chosen>(2 * n)
             + Arena::room_for::<Top>(2 * n * MAX_TOP)
@@ -136,27 +155,37 @@ impl CudaOps {
         max_works: usize,
     ) -> Result<Self, CudaError> {
         let n = shared.max_tokens;
-        let attention = &shared.kernels.attention;
+        let attention = &shared.pools.main.attention;
         let decode = attention.take_scratch(&mut arena, max_works)?;
+        let unpacked_kv = shared.pools.take_unpacked(&mut arena)?;
         let rotations = [
             arena.take(2 * n * shared.pairs(0))?,
             arena.take(2 * n * shared.pairs(1))?,
         ];
+        let unpacked = arena.take(shared.scratch)?;
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
+        let (prompt, turn) = (arena.take(shared.max_seq_len)?, arena.take(1)?);
+        let vocab = shared.config.vocab_size;
+        let masks = arena.take(shared.max_rows * Masks::words(vocab))?;
         let (failed, chosen) = (arena.take(shared.max_rows)?, arena.take(2 * n)?);
         let tops = arena.take(2 * n * MAX_TOP)?;
-        // The attention's counters start at zero.
+        // The attention's counters and the turn start at zero.
         // SAFETY: the arena is kept.
         unsafe { stream.fill(arena.whole(), 0)? };
         Ok(Self {
+            masks: Masks::new(arena.device(), vocab, masks)?,
             shared,
-            stream,
+            stream: Arc::new(stream),
             arena,
             rotations,
             decode,
+            unpacked_kv,
+            unpacked,
             picked,
             logits,
+            prompt,
+            turn,
             failed,
             chosen,
             tops,
@@ -170,8 +199,46 @@ impl CudaOps {
         // as the lane.
         unsafe {
             let copies = &s.kernels.copy_blocks;
-            copies.launch(&self.stream, &s.kv, step.copies, s.cache)?;
+            let main = &s.pools.main;
+            copies.launch(&self.stream, &main.shape, step.copies, main.cache)?;
+            if let Some(local) = &s.pools.local {
+                copies.launch(&self.stream, &local.shape, step.local_copies, local.cache)?;
+            }
             s.kernels.scatter.launch(&self.stream, step.words, tables)
+        }
+    }
+
+    /// A product of `x` with a matrix.
+    fn multiply(
+        &self,
+        tokens: usize,
+        matrix: &Matrix,
+        x: Slice<bf16>,
+        out: Output,
+    ) -> Result<(), CudaError> {
+        let mut product = Product {
+            tokens,
+            outputs: matrix.rows,
+            inputs: matrix.cols,
+            x,
+            weights: Slice::null(),
+            fresh_weights: false,
+            bias: matrix.bias,
+            out,
+            stride: matrix.rows,
+        };
+        let linear = &self.shared.kernels.linear;
+        // SAFETY: see below.
+        unsafe {
+            match &matrix.stored {
+                Stored::Bf16(weights) => {
+                    product.weights = *weights;
+                    linear.launch(&self.stream, &product)
+                }
+                Stored::Packed(parts) => {
+                    linear.launch_packed(&self.stream, parts, &product, self.unpacked)
+                }
+            }
         }
     }
 
@@ -220,18 +287,20 @@ impl Ops for CudaOps {
         }
         let (last, width) = (s.slots.last, out.width);
         let out = out.data.range(0..n * width);
+        let (stream, tokens) = (&self.stream, step.tokens);
         // SAFETY: see above.
         unsafe {
-            let embed = &s.kernels.embed;
-            embed.launch(
-                &self.stream,
-                step.tokens,
-                last,
-                table.weights,
-                scale,
-                width,
-                out,
-            )
+            match &table.stored {
+                Stored::Bf16(table) => {
+                    let embed = &s.kernels.embed;
+                    embed.launch(stream, tokens, last, *table, scale, width, out)
+                }
+                Stored::Packed(parts) => {
+                    let table = parts.first().expect("a matrix has rows");
+                    let packed = s.kernels.linear.packed();
+                    packed.embed(stream, tokens, last, table, scale, width, out)
+                }
+            }
         }
     }
 
@@ -260,18 +329,7 @@ impl Ops for CudaOps {
         x: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let product = Product {
-            tokens: step.tokens.len(),
-            outputs: matrix.rows,
-            inputs: matrix.cols,
-            x: x.data,
-            weights: matrix.weights,
-            fresh_weights: false,
-            bias: matrix.bias,
-            out: Output::Bf16(out.data),
-        };
-        // SAFETY: see above.
-        unsafe { self.shared.kernels.linear.launch(&self.stream, &product) }
+        self.multiply(step.tokens.len(), matrix, x.data, Output::Bf16(out.data))
     }
 
     fn qk_norm_rope_append(
@@ -282,28 +340,33 @@ impl Ops for CudaOps {
         qkv: &mut Act,
     ) -> Result<(), CudaError> {
         let s = &self.shared;
+        let (pool, pool_layer) = s.pools.of(layer);
         let model = QkNormRopeAppend {
             heads: s.config.heads as u32,
-            shape: s.kv,
+            shape: pool.shape,
             pairing: s.config.rope(layer).pairing,
             pairs: (s.config.rope(layer).dims / 2) as u32,
             eps: s.config.norm_eps,
         };
         let rotations = self.rotations[self.rotation_of(layer)];
         let norms = norms.map(|(q, k)| (*q, *k));
-        let (places, qkv) = (step.places, qkv.data);
+        let places = match s.pools.is_local(layer) {
+            true => step.local_places,
+            false => step.places,
+        };
         // SAFETY: see above.
         unsafe {
             let rope = &s.kernels.rope;
             rope.append(
                 &self.stream,
                 &model,
-                layer,
+                pool_layer,
                 norms,
                 rotations,
+                s.common_keys[layer],
                 places,
-                qkv,
-                s.cache,
+                qkv.data,
+                pool.cache,
             )
         }
     }
@@ -315,7 +378,8 @@ impl Ops for CudaOps {
         qkv: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        let attention = &self.shared.kernels.attention;
+        let (pool, pool_layer) = self.shared.pools.of(layer);
+        let Pool { attention, .. } = pool;
         let lists = match self.shared.config.window(layer) {
             Some(_) => step
                 .local
@@ -325,12 +389,26 @@ impl Ops for CudaOps {
         };
         // SAFETY: see above. Steps of a lane run one after another, so the scratch is theirs.
         unsafe {
-            if let Some(prompts) = &lists.prompts {
-                attention.prefill(&self.stream, prompts, layer, qkv.data, out.data)?;
+            for PromptStep { blocks, step } in &lists.prompts {
+                let (attention, layer) = match &self.unpacked_kv {
+                    Some(unpacked) => {
+                        unpacked.fill(&self.stream, pool, pool_layer, *blocks)?;
+                        (&unpacked.attention, 0)
+                    }
+                    None => (attention, pool_layer),
+                };
+                attention.prefill(&self.stream, step, layer, qkv.data, out.data)?;
             }
             for decode in &lists.decodes {
                 let scratch = &self.decode;
-                attention.decode(&self.stream, decode, scratch, layer, qkv.data, out.data)?;
+                attention.decode(
+                    &self.stream,
+                    decode,
+                    scratch,
+                    pool_layer,
+                    qkv.data,
+                    out.data,
+                )?;
             }
         }
         Ok(())
@@ -371,35 +449,32 @@ impl Ops for CudaOps {
         x: &Act,
     ) -> Result<(), CudaError> {
         let picks = step.picks.range(self.tile(step, tile));
-        let product = Product {
-            tokens: picks.len(),
-            outputs: head.rows,
-            inputs: head.cols,
-            x: self.picked,
-            weights: head.weights,
-            fresh_weights: false,
-            bias: head.bias,
-            out: Output::F32(self.logits),
-        };
         let s = &self.shared;
         // A row of hidden states is found by its index as a row of embeddings is by its id.
         // SAFETY: see above.
         unsafe {
             let (embed, last) = (&s.kernels.embed, s.slots.last);
             embed.launch(&self.stream, picks, last, x.data, 1.0, x.width, self.picked)?;
-            s.kernels.linear.launch(&self.stream, &product)
         }
+        self.multiply(picks.len(), head, self.picked, Output::F32(self.logits))
     }
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CudaError> {
         let (s, range) = (&self.shared, self.tile(step, tile));
+        if tile == 0 {
+            // SAFETY: see above.
+            unsafe {
+                let io = &s.kernels.step_io;
+                self.masks.fetch(&self.stream, io, step.packed, self.turn)?;
+            }
+        }
         let results = 2 * range.start..2 * range.end;
         let tile = SampleTile {
             logits: self.logits,
             stride: s.padded_vocab(),
             vocab: s.config.vocab_size,
             wants: step.wants.range(range),
-            masks: Slice::null(),
+            masks: self.masks.on_device(),
             failed: self.failed,
             chosen: self.chosen.range(results.clone()),
             tops: self

@@ -1,5 +1,5 @@
 use crate::CudaError;
-use crate::driver::{Arena, Device, Pinned, Plain, Slice, Stream};
+use crate::driver::{Arena, Device, Pinned, Plain, Slice};
 
 /// Alignment of each piece.
 const ALIGN: usize = 256;
@@ -29,9 +29,14 @@ impl Packer {
             .sum()
     }
 
-    /// Forgets what was packed. What was uploaded from here must have arrived.
+    /// Forgets what was packed. What was copied from here must have arrived.
     pub(crate) fn clear(&mut self) {
         self.used = 0;
+    }
+
+    /// Whether there is room for an array.
+    pub(crate) fn has_room_for<T>(&self, data: &[T]) -> bool {
+        self.used + size_of_val(data) <= self.host.len()
     }
 
     /// Adds an array; gives the place where it will be.
@@ -54,14 +59,14 @@ impl Packer {
         Ok(self.device.range(start..end).cast())
     }
 
-    /// Queues the copy.
-    ///
-    /// # Safety
-    /// The packer is neither cleared nor dropped before the copy has run.
-    pub(crate) unsafe fn upload(&self, stream: &Stream) -> Result<(), CudaError> {
-        let device = self.device.range(0..self.used);
-        // SAFETY: the caller keeps the host's side; the arena of the device's side outlives the lane.
-        unsafe { stream.upload(&self.host[..self.used], device) }
+    /// Where everything packed will be.
+    pub(crate) fn packed(&self) -> Slice<u8> {
+        self.device.range(0..self.used)
+    }
+
+    /// Where the GPU finds what it is to copy.
+    pub(crate) fn source(&self) -> Slice<u8> {
+        self.host.mapped()
     }
 }
 

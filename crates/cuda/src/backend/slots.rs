@@ -1,32 +1,78 @@
 use std::sync::Arc;
 
-use spate_executor::Bind;
-use spate_types::{BlockId, BlockIds, SamplingParams, Slot, TokenId};
+use spate_executor::{Bind, Row};
+use spate_types::{BlockId, BlockIds, LocalBlocks, Slot, TokenId};
 
 use super::packer::Packer;
 use crate::CudaError;
-use crate::driver::{Arena, Slice, Stream};
-use crate::kernels::{MAX_EDITS, Sample, SlotMemory, SlotParams};
+use crate::driver::{Arena, Plain, Slice, Stream};
+use crate::kernels::{Edit, MAX_EDITS, Sample, SlotMemory, SlotParams};
 
 /// What sequences keep between steps: on the GPU what kernels need, here what the host needs to
 /// describe a step. Shared by all lanes: a sequence is in one lane at a time.
 pub(crate) struct Slots {
     host: Vec<Option<HostSlot>>,
     pub(crate) memory: SlotMemory,
-    /// `[slots, max_blocks]`: block ids of each sequence.
+    /// `[pools, slots, max_blocks]`: block ids of each sequence, in the main pool and in that of layers
+    /// with a window.
     pub(crate) tables: Slice<u32>,
     pub(crate) max_blocks: usize,
-    /// A prompt on its way to the penalty counts.
-    prompt: Slice<u32>,
     vocab: usize,
 }
 
 /// The host's part of a slot.
 pub(crate) struct HostSlot {
     pub(crate) prompt: Arc<[TokenId]>,
-    pub(crate) sampling: Arc<SamplingParams>,
-    /// What the table on the GPU holds.
+    /// What the tables on the GPU hold.
     table: BlockIds,
+    local: LocalBlocks,
+}
+
+/// The start of a sequence, as far as it is packed.
+pub(crate) struct QueuedBind {
+    slot: Slot,
+    /// Slot, first token in `prompt`, number of tokens.
+    triple: Slice<u32>,
+    params: Slice<SlotParams>,
+    edits: Cargo<Edit>,
+    /// As far as penalties count it.
+    prompt: Cargo<u32>,
+}
+
+/// Data for the GPU of a size that nothing bounds but a request's own limits.
+enum Cargo<T> {
+    Packed(Slice<T>),
+    /// There was no room: it is copied by the driver, which may wait for the stream.
+    Left(Vec<T>),
+}
+
+impl<T: Plain> Cargo<T> {
+    fn pack(packer: &mut Packer, data: &[T]) -> Result<Self, CudaError> {
+        Ok(match packer.has_room_for(data) {
+            true => Self::Packed(packer.put(data)?),
+            false => Self::Left(data.to_vec()),
+        })
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Packed(slice) => slice.len(),
+            Self::Left(data) => data.len(),
+        }
+    }
+
+    /// # Safety
+    /// The target stays allocated until the copy has run.
+    unsafe fn copy(&self, stream: &Stream, to: Slice<T>) -> Result<(), CudaError> {
+        // SAFETY: what is packed stays until the step has completed; what is not is pageable, so the
+        // driver has taken it when it returns. The caller vouches for the target.
+        unsafe {
+            match self {
+                Self::Packed(slice) => stream.copy(*slice, to),
+                Self::Left(data) => stream.upload(data, to),
+            }
+        }
+    }
 }
 
 /// Sizes of [`Slots`].
@@ -35,7 +81,8 @@ pub(crate) struct SlotSizes {
     pub(crate) slots: usize,
     pub(crate) vocab: usize,
     pub(crate) max_blocks: usize,
-    pub(crate) max_seq_len: usize,
+    /// Pools in which a sequence may have blocks.
+    pub(crate) tables: usize,
 }
 
 impl SlotSizes {
@@ -46,8 +93,7 @@ impl SlotSizes {
             + Arena::room_for::<u64>(slots * MAX_EDITS)
             + Arena::room_for::<u16>(slots * vocab)
             + 2 * Arena::room_for::<u32>(slots)
-            + Arena::room_for::<u32>(slots * self.max_blocks)
-            + Arena::room_for::<u32>(self.max_seq_len)
+            + Arena::room_for::<u32>(self.tables * slots * self.max_blocks)
     }
 }
 
@@ -57,7 +103,7 @@ impl Slots {
             slots,
             vocab,
             max_blocks,
-            max_seq_len,
+            tables,
         } = sizes;
         Ok(Self {
             host: (0..slots).map(|_| None).collect(),
@@ -68,9 +114,8 @@ impl Slots {
                 generated: arena.take(slots)?,
                 last: arena.take(slots)?,
             },
-            tables: arena.take(slots * max_blocks)?,
+            tables: arena.take(tables * slots * max_blocks)?,
             max_blocks,
-            prompt: arena.take(max_seq_len)?,
             vocab,
         })
     }
@@ -95,64 +140,103 @@ impl Slots {
     pub(crate) fn note(&mut self, slot: Slot, bind: &Bind) {
         self.host[slot.0 as usize] = Some(HostSlot {
             prompt: bind.prompt.clone(),
-            sampling: bind.sampling.clone(),
             table: BlockIds::default(),
+            local: LocalBlocks::default(),
         });
     }
 
-    /// Queues the start of a sequence on the GPU. `triple`: where the packer has `[slot, 0, prompt length]`.
+    /// Packs the starts of sequences: last of a step, because what they bring may be large.
+    pub(crate) fn pack_binds<'a>(
+        packer: &mut Packer,
+        binds: impl Iterator<Item = (Slot, &'a Bind)>,
+    ) -> Result<Vec<QueuedBind>, CudaError> {
+        let mut queued = Vec::new();
+        let mut cargo = Vec::new();
+        for (slot, bind) in binds {
+            let (params, edits) = SlotParams::new(&bind.sampling, bind.seed)?;
+            let counted = match bind.sampling.has_penalties() {
+                true => &bind.prompt[..],
+                false => &[],
+            };
+            queued.push(QueuedBind {
+                slot,
+                triple: packer.put(&[slot.0, 0, bind.prompt.len() as u32])?,
+                params: packer.put(&[params])?,
+                edits: Cargo::Left(Vec::new()),
+                prompt: Cargo::Left(Vec::new()),
+            });
+            cargo.push((edits, counted));
+        }
+        for (bind, (edits, counted)) in queued.iter_mut().zip(cargo) {
+            bind.edits = Cargo::pack(packer, &edits)?;
+            bind.prompt = Cargo::pack(packer, counted)?;
+        }
+        Ok(queued)
+    }
+
+    /// Queues the start of a sequence on the GPU. `room`: for a prompt of any length; of the stream's own.
     ///
     /// # Safety
-    /// Nothing in flight names the slot.
+    /// Nothing in flight names the slot; the packer's copy is queued before.
     pub(crate) unsafe fn bind(
         &self,
         stream: &Stream,
         kernel: &Sample,
-        slot: Slot,
-        bind: &Bind,
-        triple: Slice<u32>,
+        bind: &QueuedBind,
+        room: Slice<u32>,
     ) -> Result<(), CudaError> {
-        let at = slot.0 as usize;
-        let (params, edits) = SlotParams::new(&bind.sampling, bind.seed)?;
-        let memory = &self.memory;
-        let on_edits = memory
-            .edits
-            .range(at * MAX_EDITS..at * MAX_EDITS + edits.len());
-        // SAFETY: these are pageable, so the driver has taken them when it returns; the arena
-        // outlives the slots, and what the bind kernel is given is in range.
+        let (at, memory) = (bind.slot.0 as usize, &self.memory);
+        let edits = at * MAX_EDITS..at * MAX_EDITS + bind.edits.len();
+        // SAFETY: the arena outlives the slots, and what the bind kernel is given is in range.
         unsafe {
-            stream.upload(&[params], memory.params.range(at..at + 1))?;
-            stream.upload(&edits, on_edits)?;
-            if bind.sampling.has_penalties() {
-                stream.upload(&bind.prompt, self.prompt.range(0..bind.prompt.len()))?;
-            }
-            kernel.bind(stream, triple, self.prompt, self.vocab, memory)?;
+            stream.copy(bind.params, memory.params.range(at..at + 1))?;
+            bind.edits.copy(stream, memory.edits.range(edits))?;
+            let prompt = match &bind.prompt {
+                Cargo::Packed(prompt) => *prompt,
+                Cargo::Left(prompt) => {
+                    stream.upload(prompt, room.range(0..prompt.len()))?;
+                    room
+                }
+            };
+            kernel.bind(stream, bind.triple, prompt, self.vocab, memory)
         }
-        Ok(())
     }
 
-    /// Appends what changed in a sequence's table to `words`, as [`crate::kernels::Scatter`] takes it.
-    pub(crate) fn update_table(&mut self, slot: Slot, blocks: &BlockIds, words: &mut Vec<u32>) {
-        let at = slot.0 as usize;
-        let host = self.host[at].as_mut().expect("the slot is bound");
-        if Arc::ptr_eq(&host.table, blocks) {
-            return;
-        }
-        let old: &[BlockId] = &host.table;
-        for (i, block) in blocks.iter().enumerate().take(self.max_blocks) {
-            if old.get(i) != Some(block) {
-                words.extend([(at * self.max_blocks + i) as u32, block.0]);
-            }
-        }
-        host.table = blocks.clone();
+    /// Where a slot's blocks begin in [`tables`](Self::tables); [`local_tables`](Self::local_tables) further
+    /// on those of the other pool.
+    pub(crate) fn table(&self, slot: Slot) -> u32 {
+        slot.0 * self.max_blocks as u32
     }
 
-    /// Packs what [`bind`](Self::bind) needs.
-    pub(crate) fn pack_bind(
-        packer: &mut Packer,
-        slot: Slot,
-        bind: &Bind,
-    ) -> Result<Slice<u32>, CudaError> {
-        packer.put(&[slot.0, 0, bind.prompt.len() as u32])
+    /// From a slot's blocks in the main pool to those in the pool of layers with a window.
+    pub(crate) fn local_tables(&self) -> u32 {
+        (self.host.len() * self.max_blocks) as u32
+    }
+
+    /// Appends what changed in a row's tables to `words`, as [`crate::kernels::Scatter`] takes it.
+    pub(crate) fn update_tables(&mut self, row: &Row, words: &mut Vec<u32>) {
+        let at = self.table(row.slot);
+        let local_at = at + self.local_tables();
+        let most = self.max_blocks;
+        let host = self.host[row.slot.0 as usize].as_mut();
+        let host = host.expect("the slot is bound");
+        if !Arc::ptr_eq(&host.table, &row.blocks) {
+            for (i, block) in row.blocks.iter().enumerate().take(most) {
+                if host.table.get(i) != Some(block) {
+                    words.extend([at + i as u32, block.0]);
+                }
+            }
+            host.table = row.blocks.clone();
+        }
+        let same = Arc::ptr_eq(&host.local.blocks, &row.local.blocks);
+        if !same || host.local.first != row.local.first {
+            for i in row.local.first as usize..row.local.end().min(most) {
+                let block = row.local.get(i);
+                if let Some(BlockId(id)) = block.filter(|_| host.local.get(i) != block) {
+                    words.extend([local_at + i as u32, id]);
+                }
+            }
+            host.local = row.local.clone();
+        }
     }
 }

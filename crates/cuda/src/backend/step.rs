@@ -1,24 +1,30 @@
-use spate_executor::{Batch, Input, Row};
-use spate_types::BlockId;
+use spate_executor::{Batch, BlockCopy, Input, Row, Ticket};
+use spate_types::{BlockId, BlockIds, LocalBlocks};
 
 use super::packer::Packer;
 use super::slots::Slots;
 use crate::CudaError;
 use crate::driver::Slice;
-use crate::kernels::{Attention, AttentionStep, LAST, NONE, Sequence, Want, Work};
+use crate::kernels::{Attention, AttentionStep, LAST, NONE, NOWHERE, Sequence, Want, Work};
 
 /// A step, described on the host.
 #[derive(Debug, Default)]
 pub(crate) struct HostStep {
+    /// What its completion is known by: not 0.
+    pub(crate) ticket: u64,
+    /// How many masks it waits for.
+    masks: u32,
     /// Token ids, or [`LAST`] and a slot.
     tokens: Vec<u32>,
     positions: Vec<u32>,
     /// Where each token's key and value go.
     places: Vec<u32>,
+    /// The same in the pool of layers with a window, if there is one.
+    local_places: Vec<u32>,
     /// Index of each row's last token; the slot whose last token is its input, or [`NONE`].
     rows: Vec<u32>,
     /// Rows with given tokens: prompts, whole or in chunks.
-    prompts: Vec<Sequence>,
+    prompts: Vec<Prompt>,
     /// Rows that go on from the last sampled token.
     decodes: Vec<Sequence>,
     pub(crate) wants: Vec<Want>,
@@ -28,19 +34,57 @@ pub(crate) struct HostStep {
     words: Vec<u32>,
     /// Copied blocks: from, to.
     copies: Vec<u32>,
+    local_copies: Vec<u32>,
+    global: HostLists,
+    local: Option<HostLists>,
+}
+
+#[derive(Debug)]
+struct Prompt {
+    sequence: Sequence,
+    blocks: BlockIds,
+    local: LocalBlocks,
+}
+
+/// The attention work of a step, for one window.
+#[derive(Debug, Default)]
+struct HostLists {
+    window: Option<u32>,
+    /// Several if they would need too much room to be unpacked.
+    prompts: Vec<PromptList>,
+    /// Several if one would need too much scratch memory.
+    decodes: Vec<WorkList>,
+}
+
+#[derive(Debug, Default)]
+struct PromptList {
+    work: Vec<Work>,
+    /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
+    unpacked: Option<(Vec<u32>, Vec<u32>)>,
+}
+
+#[derive(Debug, Default)]
+struct WorkList {
+    work: Vec<Work>,
+    /// What follows is padding.
+    count: u32,
 }
 
 /// A step on the GPU.
 pub(crate) struct Step {
+    /// Everything of it.
+    pub(crate) packed: Slice<u8>,
     pub(crate) tokens: Slice<u32>,
     pub(crate) positions: Slice<u32>,
     pub(crate) places: Slice<u32>,
+    pub(crate) local_places: Slice<u32>,
     pub(crate) rows: Slice<u32>,
     pub(crate) wants: Slice<Want>,
     /// Index of each wanted position's token.
     pub(crate) picks: Slice<u32>,
     pub(crate) words: Slice<u32>,
     pub(crate) copies: Slice<u32>,
+    pub(crate) local_copies: Slice<u32>,
     /// Attention of layers that see everything, and of those with a window.
     pub(crate) global: AttentionLists,
     pub(crate) local: Option<AttentionLists>,
@@ -48,9 +92,16 @@ pub(crate) struct Step {
 
 /// The attention work of a step, for one window.
 pub(crate) struct AttentionLists {
-    pub(crate) prompts: Option<AttentionStep>,
+    pub(crate) prompts: Vec<PromptStep>,
     /// Several if one would need too much scratch memory.
     pub(crate) decodes: Vec<AttentionStep>,
+}
+
+/// Attention of prompts.
+pub(crate) struct PromptStep {
+    /// What is unpacked before, of a cache of codes.
+    pub(crate) blocks: Slice<u32>,
+    pub(crate) step: AttentionStep,
 }
 
 /// What the description of a step depends on.
@@ -58,16 +109,29 @@ pub(crate) struct Describe<'a> {
     pub(crate) attention: &'a Attention,
     /// Work that fits into the decode scratch.
     pub(crate) max_works: usize,
-    /// Block tables of all slots.
-    pub(crate) tables: Slice<u32>,
-    pub(crate) local_window: Option<u32>,
+    pub(crate) block_size: u32,
+    /// Blocks that can be unpacked at a time, if the cache has codes.
+    pub(crate) unpacked: Option<u32>,
+    /// Of the layers that have a window, if there are any.
+    pub(crate) local: Option<LocalTables>,
+}
+
+/// Where layers with a window have their keys and values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LocalTables {
+    pub(crate) window: u32,
+    /// How much further on their pool's block tables are; 0 if they share the main pool.
+    pub(crate) further: u32,
 }
 
 impl HostStep {
     pub(crate) fn clear(&mut self) {
+        self.ticket = 0;
+        self.masks = 0;
         self.tokens.clear();
         self.positions.clear();
         self.places.clear();
+        self.local_places.clear();
         self.rows.clear();
         self.prompts.clear();
         self.decodes.clear();
@@ -75,18 +139,33 @@ impl HostStep {
         self.picks.clear();
         self.words.clear();
         self.copies.clear();
+        self.local_copies.clear();
+        self.global = HostLists::default();
+        self.local = None;
     }
 
     /// Describes a batch whose shape was checked and whose slots are bound.
-    pub(crate) fn fill(&mut self, batch: &Batch, slots: &mut Slots, block_size: u32) {
+    pub(crate) fn fill(
+        &mut self,
+        ticket: Ticket,
+        batch: &Batch,
+        slots: &mut Slots,
+        d: &Describe<'_>,
+    ) {
         self.clear();
-        for copy in &batch.copies {
-            self.copies.extend([copy.src.0, copy.dst.0]);
-        }
+        self.ticket = ticket.0 + 1;
+        let pairs = |copies: &[BlockCopy]| {
+            let pairs = copies.iter().flat_map(|copy| [copy.src.0, copy.dst.0]);
+            pairs.collect::<Vec<u32>>()
+        };
+        self.copies.extend(pairs(&batch.copies));
+        self.local_copies.extend(pairs(&batch.local_copies));
         for row in &batch.rows {
-            slots.update_table(row.slot, &row.blocks, &mut self.words);
-            self.push(row, slots, block_size);
+            slots.update_tables(row, &mut self.words);
+            self.push(row, slots, d.block_size);
         }
+        self.global = self.lists(d, None);
+        self.local = d.local.map(|local| self.lists(d, Some(local)));
     }
 
     fn push(&mut self, row: &Row, slots: &Slots, block_size: u32) {
@@ -95,12 +174,16 @@ impl HostStep {
             token: first,
             tokens: count,
             position: row.start,
-            table: row.slot.0 * slots.max_blocks as u32,
+            table: slots.table(row.slot),
         };
         let from_last = match &row.input {
             Input::Tokens(tokens) => {
                 self.tokens.extend(tokens);
-                self.prompts.push(sequence);
+                self.prompts.push(Prompt {
+                    sequence,
+                    blocks: row.blocks.clone(),
+                    local: row.local.clone(),
+                });
                 NONE
             }
             Input::Last => {
@@ -113,73 +196,58 @@ impl HostStep {
         self.rows.extend([first + count - 1, from_last]);
         let prompt = &slots.get(row.slot).prompt;
         for position in row.start..row.end() {
-            let BlockId(block) = row.blocks[(position / block_size) as usize];
+            let of = (position / block_size) as usize;
+            let place = |BlockId(block)| block * block_size + position % block_size;
             self.positions.push(position);
-            self.places.push(block * block_size + position % block_size);
+            self.places.push(place(row.blocks[of]));
+            self.local_places.extend(row.local.get(of).map(place));
             let next = position + 1;
             let target = prompt.get(next as usize).filter(|_| row.prompt_logprobs);
             let sample = row.sample && next == row.end();
             if target.is_some() || sample {
                 self.picks.push(first + position - row.start);
+                let masked = sample && row.masked;
                 self.wants.push(Want {
+                    mask: if masked { self.masks } else { NONE },
                     slot: row.slot.0,
                     row: index,
                     position: next,
                     target: target.copied().unwrap_or(NONE),
                     sample: sample.into(),
                 });
+                self.masks += u32::from(masked);
             }
         }
     }
 
-    /// Packs everything for the GPU.
-    pub(crate) fn pack(&self, packer: &mut Packer, d: &Describe<'_>) -> Result<Step, CudaError> {
-        let global = self.lists(packer, d, None)?;
-        let local = match d.local_window {
-            Some(window) => Some(self.lists(packer, d, Some(window))?),
-            None => None,
+    fn lists(&self, d: &Describe<'_>, local: Option<LocalTables>) -> HostLists {
+        let (window, further) = match local {
+            Some(local) => (Some(local.window), local.further),
+            None => (None, 0),
         };
-        Ok(Step {
-            tokens: packer.put(&self.tokens)?,
-            positions: packer.put(&self.positions)?,
-            places: packer.put(&self.places)?,
-            rows: packer.put(&self.rows)?,
-            wants: packer.put(&self.wants)?,
-            picks: packer.put(&self.picks)?,
-            words: packer.put(&self.words)?,
-            copies: packer.put(&self.copies)?,
-            global,
-            local,
-        })
-    }
-
-    fn lists(
-        &self,
-        packer: &mut Packer,
-        d: &Describe<'_>,
-        window: Option<u32>,
-    ) -> Result<AttentionLists, CudaError> {
-        let mut pack = |work: &[Work]| {
-            Ok::<_, CudaError>(AttentionStep {
-                tables: d.tables,
-                work: packer.put(work)?,
-                works: packer.put(&[work.len() as u32])?,
-                window,
-            })
+        let in_pool = |s: &Sequence| Sequence {
+            table: s.table + further,
+            ..*s
         };
-        let mut work = Vec::new();
-        let prompts = match self.prompts.is_empty() {
-            true => None,
-            false => {
-                d.attention.prefill_work(&self.prompts, window, &mut work);
-                Some(pack(&work)?)
+        let decodes: Vec<Sequence> = self.decodes.iter().map(in_pool).collect();
+        let mut lists = HostLists {
+            window,
+            ..HostLists::default()
+        };
+        match d.unpacked {
+            _ if self.prompts.is_empty() => {}
+            Some(room) => lists.prompts = self.unpacked_prompts(d, local, room),
+            None => {
+                let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
+                let (prompts, mut list) = (prompts.collect::<Vec<_>>(), PromptList::default());
+                d.attention.prefill_work(&prompts, window, &mut list.work);
+                lists.prompts.push(list);
             }
-        };
-        let mut decodes = Vec::new();
-        let mut rest = &self.decodes[..];
+        }
+        let mut rest = &decodes[..];
         while !rest.is_empty() {
             // As many sequences as fit; one always does.
-            let mut count = rest.len();
+            let (mut work, mut count) = (Vec::new(), rest.len());
             loop {
                 d.attention.decode_work(&rest[..count], window, &mut work);
                 if work.len() <= d.max_works || count == 1 {
@@ -187,9 +255,173 @@ impl HostStep {
                 }
                 count = count.div_ceil(2);
             }
-            decodes.push(pack(&work)?);
+            lists.decodes.push(WorkList {
+                count: work.len() as u32,
+                work,
+            });
             rest = &rest[count..];
         }
-        Ok(AttentionLists { prompts, decodes })
+        lists
     }
+
+    /// Prompts that read unpacked blocks: as many at a time as there is room for.
+    fn unpacked_prompts(
+        &self,
+        d: &Describe<'_>,
+        local: Option<LocalTables>,
+        room: u32,
+    ) -> Vec<PromptList> {
+        let window = local.map(|local| local.window);
+        let own_pool = local.is_some_and(|local| local.further > 0);
+        let (mut lists, mut rest) = (Vec::new(), &self.prompts[..]);
+        while !rest.is_empty() {
+            let (mut sequences, mut blocks, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+            for Prompt {
+                sequence,
+                blocks: main,
+                local,
+            } in rest
+            {
+                let end = (sequence.position + sequence.tokens).div_ceil(d.block_size);
+                let hidden = window.map_or(0, |w| (sequence.position + 1).saturating_sub(w));
+                let seen = hidden / d.block_size..end;
+                if blocks.len() + seen.len() > room as usize {
+                    break;
+                }
+                sequences.push(Sequence {
+                    table: tables.len() as u32,
+                    ..*sequence
+                });
+                // What is hidden is not read.
+                tables.resize(tables.len() + seen.start as usize, 0);
+                for i in seen.start as usize..seen.end as usize {
+                    tables.push(blocks.len() as u32);
+                    let BlockId(block) = match own_pool {
+                        true => local
+                            .get(i)
+                            .expect("the contract checked that it is covered"),
+                        false => main[i],
+                    };
+                    blocks.push(block);
+                }
+            }
+            assert!(
+                !sequences.is_empty(),
+                "there is room for the longest sequence"
+            );
+            let mut work = Vec::new();
+            d.attention.prefill_work(&sequences, window, &mut work);
+            lists.push(PromptList {
+                work,
+                unpacked: Some((blocks, tables)),
+            });
+            rest = &rest[sequences.len()..];
+        }
+        lists
+    }
+
+    /// Whether [`pad`](Self::pad) can make it as large as any step of so many rows, all of which
+    /// decode and sample.
+    pub(crate) fn fits(&self, rows: usize) -> bool {
+        let one_list = |lists: &HostLists| lists.prompts.is_empty() && lists.decodes.len() <= 1;
+        self.copies.is_empty()
+            && self.local_copies.is_empty()
+            && self.tokens.len() <= rows
+            && self.wants.len() == self.tokens.len()
+            && self.words.len() <= words_room(rows)
+            && one_list(&self.global)
+            && self.local.as_ref().is_none_or(one_list)
+    }
+
+    /// Adds rows that do nothing, so that every step of that many rows is packed alike. They have no
+    /// place in the cache, no attention work and no slot.
+    pub(crate) fn pad(&mut self, rows: usize, d: &Describe<'_>) {
+        for row in self.tokens.len() as u32..rows as u32 {
+            self.tokens.push(0);
+            self.positions.push(0);
+            self.places.push(NOWHERE);
+            if d.local.is_some_and(|local| local.further > 0) {
+                self.local_places.push(NOWHERE);
+            }
+            self.rows.extend([row, NONE]);
+            self.picks.push(row);
+            self.wants.push(Want {
+                slot: NONE,
+                row,
+                position: 0,
+                target: NONE,
+                sample: 0,
+                mask: NONE,
+            });
+        }
+        self.words.resize(words_room(rows), NOWHERE);
+        if self.local.is_none() {
+            self.local = d.local.map(|local| self.lists(d, Some(local)));
+        }
+        for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
+            lists.decodes.resize_with(1, WorkList::default);
+            lists.decodes[0].work.resize(d.max_works, Work::default());
+        }
+    }
+
+    /// Packs everything for the GPU. `tables`: block tables of all slots.
+    pub(crate) fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<Step, CudaError> {
+        // The kernels of step_io.cu look for these at the start.
+        packer.put(&[self.ticket, u64::from(self.masks)])?;
+        let mut step = Step {
+            packed: Slice::null(),
+            tokens: packer.put(&self.tokens)?,
+            positions: packer.put(&self.positions)?,
+            places: packer.put(&self.places)?,
+            local_places: packer.put(&self.local_places)?,
+            rows: packer.put(&self.rows)?,
+            wants: packer.put(&self.wants)?,
+            picks: packer.put(&self.picks)?,
+            words: packer.put(&self.words)?,
+            copies: packer.put(&self.copies)?,
+            local_copies: packer.put(&self.local_copies)?,
+            global: self.global.pack(packer, tables)?,
+            local: match &self.local {
+                Some(local) => Some(local.pack(packer, tables)?),
+                None => None,
+            },
+        };
+        step.packed = packer.packed();
+        Ok(step)
+    }
+}
+
+impl HostLists {
+    fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
+        let pack = |packer: &mut Packer, tables, work: &[Work], count: u32| {
+            Ok::<_, CudaError>(AttentionStep {
+                tables,
+                work: packer.put(work)?,
+                works: packer.put(&[count])?,
+                window: self.window,
+            })
+        };
+        let mut lists = AttentionLists {
+            prompts: Vec::new(),
+            decodes: Vec::new(),
+        };
+        for PromptList { work, unpacked } in &self.prompts {
+            let (blocks, tables) = match unpacked {
+                Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
+                None => (Slice::null(), tables),
+            };
+            let step = pack(packer, tables, work, work.len() as u32)?;
+            lists.prompts.push(PromptStep { blocks, step });
+        }
+        for WorkList { work, count } in &self.decodes {
+            lists.decodes.push(pack(packer, tables, work, *count)?);
+        }
+        Ok(lists)
+    }
+}
+
+/// Words for changes of block tables in a padded step: most rows change nothing, some get a block.
+/// A step that changes more is not padded.
+fn words_room(rows: usize) -> usize {
+    2 * (2 * rows + 32)
 }

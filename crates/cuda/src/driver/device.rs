@@ -43,15 +43,13 @@ impl Device {
     /// said.
     pub fn open(ordinal: u32) -> Result<Self, CudaError> {
         let driver = driver_version()?;
-        let (mut count, mut handle) = (0, 0);
-        // SAFETY: `cuInit` succeeded in `driver_version`; the pointers are to live locals.
-        unsafe { sys::cuDeviceGetCount(&raw mut count) }.check("counting GPUs")?;
-        if ordinal >= count.unsigned_abs() {
+        let (count, mut handle) = (device_count()?, 0);
+        if ordinal >= count {
             return Err(CudaError::Unavailable(format!(
                 "GPU {ordinal} was asked for, this machine has {count}"
             )));
         }
-        // SAFETY: as above.
+        // SAFETY: `cuInit` succeeded in `driver_version`; the pointer is to a live local.
         unsafe { sys::cuDeviceGet(&raw mut handle, ordinal as c_int) }.check("opening the GPU")?;
         let capability = (
             attribute(
@@ -114,6 +112,10 @@ impl Device {
         self.bind()?;
         // SAFETY: a context is bound.
         unsafe { sys::cuCtxSynchronize() }.check("waiting for the GPU")
+    }
+
+    pub(super) fn handle(&self) -> sys::CUdevice {
+        self.0.handle
     }
 
     /// Marketing name, such as `NVIDIA H100 80GB HBM3`.
@@ -185,10 +187,27 @@ impl Drop for Inner {
     }
 }
 
+/// Whether there is an NVIDIA driver, be it usable or not.
+pub fn is_installed() -> bool {
+    // SAFETY: only looks for the library.
+    unsafe { sys::is_culib_present() }
+}
+
+/// Number of GPUs of this machine, usable or not.
+///
+/// # Errors
+/// [`CudaError::Unavailable`] without a driver, or with one that is too old.
+pub fn device_count() -> Result<u32, CudaError> {
+    driver_version()?;
+    let mut count = 0;
+    // SAFETY: `cuInit` succeeded in `driver_version`; the pointer is to a live local.
+    unsafe { sys::cuDeviceGetCount(&raw mut count) }.check("counting GPUs")?;
+    Ok(count.unsigned_abs())
+}
+
 /// Loads and initialises the driver.
 fn driver_version() -> Result<i32, CudaError> {
-    // SAFETY: only looks for the library.
-    if !unsafe { sys::is_culib_present() } {
+    if !is_installed() {
         return Err(CudaError::Unavailable(
             "libcuda was not found; the NVIDIA driver is not installed".into(),
         ));

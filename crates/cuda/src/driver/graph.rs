@@ -49,6 +49,15 @@ impl Graph {
         made
     }
 
+    /// Brings it to the GPU, which its first launch would do otherwise.
+    ///
+    /// # Errors
+    /// When the GPU has no memory left.
+    pub fn upload(&self, stream: &Stream) -> Result<(), CudaError> {
+        // SAFETY: both are alive.
+        unsafe { sys::cuGraphUpload(self.executable, stream.raw()) }.check("uploading a graph")
+    }
+
     /// Queues it.
     ///
     /// # Errors

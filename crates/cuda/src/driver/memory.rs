@@ -1,6 +1,7 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic;
 
 use cudarc::driver::sys::{self, CUdeviceptr};
 
@@ -239,6 +240,62 @@ impl<T: Plain> Pinned<T> {
             data: data.cast(),
             len,
         })
+    }
+
+    /// The same memory as kernels see it, over the bus.
+    pub fn mapped(&self) -> Slice<T> {
+        // With unified addressing, as on every 64-bit system, an address is the same on both sides.
+        Slice {
+            address: self.data as CUdeviceptr,
+            len: self.len,
+            element: PhantomData,
+        }
+    }
+}
+
+impl Pinned<u8> {
+    /// `len` elements of another type, from a byte on.
+    ///
+    /// # Panics
+    /// If they are not inside or not aligned.
+    pub fn elements<T: Plain>(&self, at: usize, len: usize) -> &[T] {
+        let bytes = &self[at..at + len * size_of::<T>()];
+        assert!(bytes.as_ptr().cast::<T>().is_aligned());
+        // SAFETY: inside, aligned and initialised; any bits are a value.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) }
+    }
+
+    /// Writes an element of another type that a kernel may be reading meanwhile, after all that was written
+    /// before.
+    ///
+    /// # Panics
+    /// If it is not inside or not aligned.
+    pub fn poke<T: Plain>(&mut self, at: usize, value: T) {
+        let inside = at.checked_add(size_of::<T>());
+        assert!(inside.is_some_and(|end| end <= self.len));
+        // SAFETY: inside the allocation.
+        let to = unsafe { self.data.add(at) }.cast::<T>();
+        assert!(to.is_aligned());
+        atomic::fence(atomic::Ordering::Release);
+        // SAFETY: inside and aligned.
+        unsafe { to.write_volatile(value) };
+    }
+
+    /// An element of another type that a kernel may be writing meanwhile, as it is now.
+    ///
+    /// # Panics
+    /// If it is not inside or not aligned.
+    pub fn peek<T: Plain>(&self, at: usize) -> T {
+        let inside = at.checked_add(size_of::<T>());
+        assert!(inside.is_some_and(|end| end <= self.len));
+        // SAFETY: inside the allocation.
+        let from = unsafe { self.data.add(at) }.cast::<T>();
+        assert!(from.is_aligned());
+        // SAFETY: aligned and initialised; any bits are a value.
+        let value = unsafe { from.read_volatile() };
+        // What was written before it is seen after it.
+        atomic::fence(atomic::Ordering::Acquire);
+        value
     }
 }
 

@@ -8,13 +8,15 @@ mod graph;
 mod launch;
 mod memory;
 mod module;
+mod partition;
 mod stream;
 mod tensor_map;
 
-pub use device::Device;
+pub use device::{Device, device_count, is_installed};
 pub use graph::Graph;
 pub use launch::{Arguments, Parameter, Shape};
 pub use memory::{Arena, Pinned, Plain, Slice};
 pub use module::{Image, Kernel, Module};
+pub use partition::Partition;
 pub use stream::{Event, Priority, Stream};
 pub use tensor_map::TensorMap;

@@ -1,9 +1,10 @@
-use std::ffi::c_uint;
+use std::ffi::{c_int, c_uint};
+use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
-use super::{Device, Plain, Slice};
+use super::{Device, Partition, Plain, Slice};
 use crate::CudaError;
 use crate::error::Check;
 
@@ -16,11 +17,27 @@ pub enum Priority {
     High,
 }
 
+impl Priority {
+    /// The driver's number. A context is bound.
+    fn value(self) -> Result<c_int, CudaError> {
+        let (mut low, mut high) = (0, 0);
+        // SAFETY: the pointers are to live locals.
+        unsafe { sys::cuCtxGetStreamPriorityRange(&raw mut low, &raw mut high) }
+            .check("reading stream priorities")?;
+        Ok(match self {
+            Self::Low => low,
+            Self::High => high,
+        })
+    }
+}
+
 /// A queue of work that runs in order.
 pub struct Stream {
     device: Device,
     raw: sys::CUstream,
     sms: u32,
+    /// What it runs on, if that is not the whole device.
+    _partition: Option<Arc<Partition>>,
 }
 
 // SAFETY: handles of the driver may be used from any thread.
@@ -35,23 +52,36 @@ impl Stream {
     /// When the driver has no more.
     pub fn new(device: &Device, priority: Priority) -> Result<Self, CudaError> {
         device.bind()?;
-        let (mut low, mut high, mut raw) = (0, 0, std::ptr::null_mut());
-        // SAFETY: a context is bound; the pointers are to live locals.
-        unsafe {
-            sys::cuCtxGetStreamPriorityRange(&raw mut low, &raw mut high)
-                .check("reading stream priorities")?;
-            let priority = match priority {
-                Priority::Low => low,
-                Priority::High => high,
-            };
-            let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
-            sys::cuStreamCreateWithPriority(&raw mut raw, flags, priority)
-                .check("creating a stream")?;
-        }
+        let (priority, mut raw) = (priority.value()?, std::ptr::null_mut());
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        // SAFETY: a context is bound; the pointer is to a live local.
+        unsafe { sys::cuStreamCreateWithPriority(&raw mut raw, flags, priority) }
+            .check("creating a stream")?;
         Ok(Self {
             device: device.clone(),
             raw,
             sms: device.sms(),
+            _partition: None,
+        })
+    }
+
+    /// A stream whose kernels run on a part of the GPU.
+    ///
+    /// # Errors
+    /// When the driver has no more.
+    pub fn within(partition: &Arc<Partition>, priority: Priority) -> Result<Self, CudaError> {
+        let device = partition.device();
+        device.bind()?;
+        let (priority, mut raw) = (priority.value()?, std::ptr::null_mut());
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+        // SAFETY: the partition is alive; the pointer is to a live local.
+        unsafe { sys::cuGreenCtxStreamCreate(&raw mut raw, partition.raw(), flags, priority) }
+            .check("creating a stream on a part of the GPU")?;
+        Ok(Self {
+            device: device.clone(),
+            raw,
+            sms: partition.sms(),
+            _partition: Some(Arc::clone(partition)),
         })
     }
 
@@ -124,6 +154,26 @@ impl Stream {
         .check("copying from the GPU")
     }
 
+    /// Queues a copy within the GPU.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// Both stretches stay allocated until the copy has run, and don't overlap.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub unsafe fn copy<T: Plain>(&self, from: Slice<T>, to: Slice<T>) -> Result<(), CudaError> {
+        assert_eq!(from.len(), to.len(), "lengths of a copy");
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: both stretches are as long; the caller vouches for their lives.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), to.bytes(), self.raw) }
+            .check("copying on the GPU")
+    }
+
     /// Queues a fill with a byte.
     ///
     /// # Errors
@@ -147,6 +197,18 @@ impl Stream {
     pub fn synchronize(&self) -> Result<(), CudaError> {
         // SAFETY: the stream is alive.
         unsafe { sys::cuStreamSynchronize(self.raw) }.check("waiting for a stream")
+    }
+
+    /// Whether everything queued has run.
+    ///
+    /// # Errors
+    /// When something that ran has failed.
+    pub fn is_done(&self) -> Result<bool, CudaError> {
+        // SAFETY: the stream is alive.
+        match unsafe { sys::cuStreamQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => status.check("running a step").map(|()| true),
+        }
     }
 
     /// Marks the work queued so far.

@@ -20,27 +20,28 @@ impl TensorMap {
     /// The map that no kernel reads.
     pub const UNUSED: Self = Self([0; 128]);
 
-    /// A matrix `[rows, cols]` in boxes `[box_rows, box_cols]`. Rows of a box have 64 or 128 bytes and
-    /// are swizzled over as many. What a box has outside the matrix is read as zero and not written.
+    /// A matrix `[rows, cols]`, with `stride` elements from a row to the next, in boxes
+    /// `[box_rows, box_cols]`. Rows of a box have 64 or 128 bytes and are swizzled over as many. What a box has outside the matrix is read as zero and not written.
     ///
     /// # Errors
-    /// When the driver finds the sizes impossible: `cols` is to be a multiple of 8, `box_rows` at
-    /// most 256.
+    /// When the driver finds the sizes impossible: the start and `stride` are to be multiples of 8
+    /// elements, `box_rows` at most 256.
     ///
     /// # Panics
     /// If the memory is smaller than the matrix or the box has another width.
     pub fn new(
         matrix: Slice<bf16>,
         [rows, cols]: [usize; 2],
+        stride: usize,
         [box_rows, box_cols]: [u32; 2],
     ) -> Result<Self, CudaError> {
-        assert!(matrix.len() >= rows * cols);
+        assert!(stride >= cols && matrix.len() >= (rows - 1) * stride + cols);
         let swizzle = match box_cols {
             32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             _ => panic!("a box is 32 or 64 elements wide, not {box_cols}"),
         };
-        let (sizes, pitch) = ([cols as u64, rows as u64], [2 * cols as u64]);
+        let (sizes, pitch) = ([cols as u64, rows as u64], [2 * stride as u64]);
         Self::encode(matrix, sizes, &pitch, [box_cols, box_rows], swizzle)
     }
 

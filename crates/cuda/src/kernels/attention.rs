@@ -23,7 +23,7 @@ pub struct Sequence {
 }
 
 /// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct Work {
     token: u32,
@@ -126,14 +126,16 @@ impl DecodeScratch {
 /// `attention_decode.cu`.
 pub struct Attention {
     model: AttentionModel,
-    cache: Slice<bf16>,
-    prefill: Kernel,
+    cache: Slice<u8>,
+    /// Of bfloat16 only.
+    prefill: Option<Kernel>,
     decode: Kernel,
     hopper: Option<Hopper>,
 }
 
 /// How the Hopper kernels read the cache.
 struct Hopper {
+    /// Of bfloat16 only.
     map: TensorMap,
     box_rows: u32,
 }
@@ -179,6 +181,9 @@ const PORTABLE_SPLIT: u32 = 256;
 /// Stages of keys and of values.
 const HOPPER_STAGES: u32 = 2;
 const PORTABLE_STAGES: u32 = 3;
+/// Most tiles of codes that a block of the Hopper kernel holds, and its shared memory.
+const HOPPER_SLOTS: u32 = 8;
+const HOPPER_SHARED: u32 = 226 << 10;
 
 impl HopperSizes {
     fn new(head_dim: u32) -> Self {
@@ -194,8 +199,8 @@ impl HopperSizes {
         }
     }
 
-    /// As `Shape::SHARED_BYTES` of attention_sm90a.cu.
-    fn shared_bytes(&self, head_dim: u32, decode: bool) -> u32 {
+    /// As `Shape::SHARED_BYTES` of attention_sm90a.cuh.
+    fn shared_bytes(&self, head_dim: u32, decode: bool, packed: bool) -> u32 {
         let row = head_dim.next_multiple_of(64) * 2;
         let consumers = if decode { 1 } else { self.consumers };
         let queries = consumers * 64 * row;
@@ -206,7 +211,20 @@ impl HopperSizes {
         };
         let barriers = (4 * HOPPER_STAGES + 2 * consumers) * 8;
         let tasks = consumers * 44;
-        queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks
+        let without = queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks;
+        // Codes of a tile, and two barriers.
+        let slot = self.tile * (head_dim + head_dim / 8) + 16;
+        let slots = ((HOPPER_SHARED - without) / slot).min(HOPPER_SLOTS);
+        without + if packed { slots * slot } else { 0 }
+    }
+
+    /// As `Shape::THREADS` when decoding.
+    fn decode_threads(head_dim: u32, packed: bool) -> u32 {
+        match (packed, head_dim) {
+            (false, _) => 256,
+            (true, 256) => 384,
+            (true, _) => 512,
+        }
     }
 }
 
@@ -216,8 +234,14 @@ fn decode_warps(head_dim: u32) -> u32 {
 }
 
 /// As `Decode::SHARED_BYTES` of attention_decode.cu.
-fn decode_shared_bytes(head_dim: u32) -> u32 {
-    decode_warps(head_dim) * PORTABLE_STAGES * 2 * 16 * head_dim * 2
+fn decode_shared_bytes(head_dim: u32, packed: bool) -> u32 {
+    let tiles = 2 * 16 * head_dim * 2;
+    let codes = 2 * 16 * (head_dim + head_dim / 8);
+    decode_warps(head_dim)
+        * match packed {
+            true => PORTABLE_STAGES * codes + tiles,
+            false => PORTABLE_STAGES * tiles,
+        }
 }
 
 /// Query rows of a tile, and positions, of attention_prefill.cu.
@@ -237,7 +261,7 @@ impl Attention {
         device: &Device,
         path: Path,
         model: AttentionModel,
-        cache: Slice<bf16>,
+        cache: Slice<u8>,
     ) -> Result<Self, CudaError> {
         let KvShape {
             head_dim,
@@ -245,32 +269,61 @@ impl Attention {
             ..
         } = model.shape;
         assert!(Self::supports(&model));
-        assert!(cache.len().is_multiple_of(model.shape.layer_len()));
+        assert!(cache.len().is_multiple_of(model.shape.layer_bytes()));
         let names = match head_dim {
-            64 => (c"attention_prefill_64", c"attention_decode_64"),
-            96 => (c"attention_prefill_96", c"attention_decode_96"),
-            128 => (c"attention_prefill_128", c"attention_decode_128"),
-            _ => (c"attention_prefill_256", c"attention_decode_256"),
+            64 => [
+                c"attention_prefill_64",
+                c"attention_decode_64",
+                c"attention_decode_packed_64",
+            ],
+            96 => [
+                c"attention_prefill_96",
+                c"attention_decode_96",
+                c"attention_decode_packed_96",
+            ],
+            128 => [
+                c"attention_prefill_128",
+                c"attention_decode_128",
+                c"attention_decode_packed_128",
+            ],
+            _ => [
+                c"attention_prefill_256",
+                c"attention_decode_256",
+                c"attention_decode_packed_256",
+            ],
+        };
+        let packed = model.shape.is_packed();
+        let decode_name = names[1 + usize::from(packed)];
+        let load_prefill = |module: &Module, bytes: u32| -> Result<_, CudaError> {
+            if packed {
+                return Ok(None);
+            }
+            let kernel = module.kernel(names[0])?;
+            kernel.allow_shared_bytes(bytes)?;
+            Ok(Some(kernel))
         };
         let (prefill, decode, hopper);
         match path {
             Path::Hopper => {
                 let module = Module::load(device, &image!("attention_sm90a"))?;
-                (prefill, decode) = (module.kernel(names.0)?, module.kernel(names.1)?);
                 let sizes = HopperSizes::new(head_dim);
-                prefill.allow_shared_bytes(sizes.shared_bytes(head_dim, false))?;
-                decode.allow_shared_bytes(sizes.shared_bytes(head_dim, true))?;
+                prefill = load_prefill(&module, sizes.shared_bytes(head_dim, false, false))?;
+                decode = module.kernel(decode_name)?;
+                decode.allow_shared_bytes(sizes.shared_bytes(head_dim, true, packed))?;
                 let box_rows = box_rows(block_size, sizes.tile);
-                let map = TensorMap::heads(cache, head_dim, box_rows)?;
+                // Nobody reads a pool without layers.
+                let map = match packed || cache.is_empty() {
+                    true => TensorMap::UNUSED,
+                    false => TensorMap::heads(cache.cast(), head_dim, box_rows)?,
+                };
                 hopper = Some(Hopper { map, box_rows });
             }
             Path::Portable => {
-                let image = image!("attention_prefill");
-                prefill = Module::load(device, &image)?.kernel(names.0)?;
-                decode = Module::load(device, &image!("attention_decode"))?.kernel(names.1)?;
+                let module = Module::load(device, &image!("attention_prefill"))?;
                 let (rows, tile) = prefill_tile(head_dim);
-                prefill.allow_shared_bytes((rows + 2 * tile) * head_dim * 2)?;
-                decode.allow_shared_bytes(decode_shared_bytes(head_dim))?;
+                prefill = load_prefill(&module, (rows + 2 * tile) * head_dim * 2)?;
+                decode = Module::load(device, &image!("attention_decode"))?.kernel(decode_name)?;
+                decode.allow_shared_bytes(decode_shared_bytes(head_dim, packed))?;
                 hopper = None;
             }
         }
@@ -385,7 +438,7 @@ impl Attention {
         scratch: Option<&DecodeScratch>,
     ) -> Arguments {
         let AttentionModel { heads, shape, .. } = self.model;
-        assert!(self.cache.len() >= (layer + 1) * shape.layer_len());
+        assert!(self.cache.len() >= (layer + 1) * shape.layer_bytes());
         let q_stride = (heads + 2 * shape.kv_heads) * shape.head_dim;
         let tokens = qkv.len() / q_stride as usize;
         assert!(out.len() >= tokens * (heads * shape.head_dim) as usize);
@@ -432,7 +485,7 @@ impl Attention {
     /// memory is alive until the kernel has run.
     ///
     /// # Panics
-    /// If a buffer is too small.
+    /// If a buffer is too small, or the cache has codes: see [`UnpackBlocks`](super::UnpackBlocks).
     pub unsafe fn prefill(
         &self,
         stream: &Stream,
@@ -441,6 +494,8 @@ impl Attention {
         qkv: Slice<bf16>,
         out: Slice<bf16>,
     ) -> Result<(), CudaError> {
+        let kernel = self.prefill.as_ref();
+        let kernel = kernel.expect("prompts read bfloat16");
         let arguments = self.arguments(step, layer, qkv, out, None);
         let dim = self.model.shape.head_dim;
         // SAFETY (of the launches): the types are those of the kernels, the lengths were checked, the
@@ -449,19 +504,16 @@ impl Attention {
             Some(hopper) => {
                 let sizes = HopperSizes::new(dim);
                 let shape = Shape::new(stream.sms(), 128 * (1 + sizes.consumers))
-                    .shared_bytes(sizes.shared_bytes(dim, false));
+                    .shared_bytes(sizes.shared_bytes(dim, false, false));
                 // SAFETY: see above.
-                unsafe {
-                    self.prefill
-                        .launch(stream, shape, &(arguments, hopper.map, hopper.box_rows))
-                }
+                unsafe { kernel.launch(stream, shape, &(arguments, hopper.map, hopper.box_rows)) }
             }
             None => {
                 let (rows, tile) = prefill_tile(dim);
                 let shape =
                     Shape::new(2 * stream.sms(), 128).shared_bytes((rows + 2 * tile) * dim * 2);
                 // SAFETY: see above.
-                unsafe { self.prefill.launch(stream, shape, &(arguments,)) }
+                unsafe { kernel.launch(stream, shape, &(arguments,)) }
             }
         }
     }
@@ -490,18 +542,23 @@ impl Attention {
         let dim = self.model.shape.head_dim;
         match &self.hopper {
             Some(hopper) => {
-                let shared = HopperSizes::new(dim).shared_bytes(dim, true);
-                let shape = Shape::new(stream.sms(), 256).shared_bytes(shared);
+                let packed = self.model.shape.is_packed();
+                let shared = HopperSizes::new(dim).shared_bytes(dim, true, packed);
+                let threads = HopperSizes::decode_threads(dim, packed);
+                let shape = Shape::new(stream.sms(), threads).shared_bytes(shared);
+                let (kernel, Hopper { map, box_rows }) = (&self.decode, hopper);
                 // SAFETY: as in `prefill`.
                 unsafe {
-                    self.decode
-                        .launch(stream, shape, &(arguments, hopper.map, hopper.box_rows))
+                    match packed {
+                        true => kernel.launch(stream, shape, &(arguments,)),
+                        false => kernel.launch(stream, shape, &(arguments, *map, *box_rows)),
+                    }
                 }
             }
             None => {
                 let per_sm = (2 * 128 / dim).max(2);
                 let shape = Shape::new(per_sm * stream.sms(), 32 * decode_warps(dim))
-                    .shared_bytes(decode_shared_bytes(dim));
+                    .shared_bytes(decode_shared_bytes(dim, self.model.shape.is_packed()));
                 // SAFETY: as in `prefill`.
                 unsafe {
                     self.decode
@@ -542,15 +599,16 @@ mod tests {
     /// What attention.cuh declares.
     #[test]
     fn what_kernels_read_has_their_layout() {
-        assert_eq!((size_of::<Work>(), size_of::<Arguments>()), (20, 120));
+        assert_eq!((size_of::<Work>(), size_of::<Arguments>()), (20, 128));
         assert_eq!(std::mem::offset_of!(Arguments, shape), 72);
     }
 
     #[test]
     fn shared_memory_fits_a_hopper_sm() {
         for head_dim in [64, 96, 128, 256] {
-            for decode in [false, true] {
-                assert!(HopperSizes::new(head_dim).shared_bytes(head_dim, decode) <= 227 << 10);
+            for [decode, packed] in [[false, false], [true, false], [true, true]] {
+                let bytes = HopperSizes::new(head_dim).shared_bytes(head_dim, decode, packed);
+                assert!(bytes <= HOPPER_SHARED);
             }
         }
     }

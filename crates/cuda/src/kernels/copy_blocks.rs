@@ -1,5 +1,3 @@
-use half::bf16;
-
 use super::{KvShape, image};
 use crate::CudaError;
 use crate::driver::{Device, Kernel, Module, Shape, Slice, Stream};
@@ -35,15 +33,15 @@ impl CopyBlocks {
         stream: &Stream,
         shape: &KvShape,
         pairs: Slice<u32>,
-        cache: Slice<bf16>,
+        cache: Slice<u8>,
     ) -> Result<(), CudaError> {
-        let (copies, layers) = (pairs.len() / 2, cache.len() / shape.layer_len());
-        assert!(cache.len().is_multiple_of(shape.layer_len()));
+        let (copies, layers) = (pairs.len() / 2, cache.len() / shape.layer_bytes());
+        assert!(cache.len().is_multiple_of(shape.layer_bytes()));
         assert!(copies < 1 << 16 && layers < 1 << 16);
-        if copies == 0 {
+        if copies == 0 || layers == 0 {
             return Ok(());
         }
-        let bytes = shape.block_len() * size_of::<bf16>();
+        let bytes = shape.block_bytes();
         let slices = (bytes / 16).div_ceil(4 * THREADS as usize) as u32;
         let grid = Shape::new(slices, THREADS).grid_yz(copies as u32, layers as u32);
         let arguments = (pairs, cache, shape.blocks, bytes as u32);

@@ -1,4 +1,5 @@
 use std::ffi::CStr;
+use std::ops::Range;
 
 use half::bf16;
 
@@ -24,8 +25,10 @@ pub struct Product {
     pub fresh_weights: bool,
     /// `[outputs]`.
     pub bias: Option<Slice<f32>>,
-    /// `[tokens, outputs]`.
+    /// `[tokens, stride]`, of which the first `outputs` columns are written.
     pub out: Output,
+    /// Width of the rows of `out`: outputs may be a part of what is computed from `x`.
+    pub stride: usize,
 }
 
 /// Where a product goes.
@@ -39,16 +42,36 @@ pub enum Output {
 
 impl Product {
     pub(super) fn check(&self) {
+        assert!(self.weights.len() >= self.outputs * self.inputs);
+        self.check_activations();
+    }
+
+    pub(super) fn check_activations(&self) {
         let (tokens, outputs, inputs) = (self.tokens, self.outputs, self.inputs);
         assert!(tokens > 0 && outputs > 0 && inputs > 0);
-        assert!(inputs.is_multiple_of(VEC));
-        assert!(self.x.len() >= tokens * inputs && self.weights.len() >= outputs * inputs);
+        assert!(inputs.is_multiple_of(VEC) && self.x.len() >= tokens * inputs);
         assert!(self.bias.is_none_or(|bias| bias.len() >= outputs));
+        assert!(self.stride >= outputs);
+        let len = (tokens - 1) * self.stride + outputs;
         match self.out {
             Output::Bf16(out) => {
-                assert!(outputs.is_multiple_of(VEC) && out.len() >= tokens * outputs);
+                assert!(outputs.is_multiple_of(VEC) && self.stride.is_multiple_of(VEC));
+                assert!(out.len() >= len);
             }
-            Output::F32(out) => assert!(out.len() >= tokens * outputs),
+            Output::F32(out) => assert!(out.len() >= len),
+        }
+    }
+
+    /// The same for some of the outputs, of whose weights only the others are left out.
+    pub(crate) fn part(&self, outputs: Range<usize>) -> Self {
+        Self {
+            outputs: outputs.len(),
+            bias: self.bias.map(|bias| bias.range(outputs.clone())),
+            out: match self.out {
+                Output::Bf16(out) => Output::Bf16(out.range(outputs.start..out.len())),
+                Output::F32(out) => Output::F32(out.range(outputs.start..out.len())),
+            },
+            ..*self
         }
     }
 }
@@ -127,7 +150,7 @@ struct Args {
     rows_a: u32,
     rows_b: u32,
     k: u32,
-    padding: u32,
+    stride: u32,
 }
 
 // SAFETY: numbers without gaps between them; the kernel declares the same.
@@ -190,7 +213,7 @@ impl GemmPortable {
             rows_a: a.1 as u32,
             rows_b: b.1 as u32,
             k: product.inputs as u32,
-            padding: 0,
+            stride: product.stride as u32,
         };
         let tiles = a.1.div_ceil(tile.size[0]) * b.1.div_ceil(tile.size[1]);
         let grid = tiles.min((stream.sms() * tile.blocks_per_sm) as usize) as u32;

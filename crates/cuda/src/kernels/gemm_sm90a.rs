@@ -144,7 +144,8 @@ struct Args {
     rows_b: u32,
     k: u32,
     group: u32,
-    padding: [u64; 4],
+    stride: u32,
+    padding: [u32; 7],
 }
 
 // SAFETY: numbers without gaps between them; the kernel declares the same.
@@ -203,6 +204,13 @@ impl GemmHopper {
         unsafe { self.kernel(tile).launch(stream, shape, &(args,)) }
     }
 
+    /// Cycles that a product takes, not counting the weights' way from memory.
+    pub(crate) fn cycles(&self, stream: &Stream, product: &Product) -> usize {
+        let (tokens, outputs, sms) = (product.tokens, product.outputs, stream.sms());
+        let tile = Tile::choose(tokens, outputs, sms);
+        tile.cost(tokens, outputs, sms) * product.inputs.div_ceil(SLICE)
+    }
+
     fn kernel(&self, tile: &Tile) -> &Kernel {
         let (tiles, kernels) = match tile.weights {
             Side::A => (&FEW[..], &self.few),
@@ -219,12 +227,14 @@ impl GemmHopper {
             std::mem::swap(&mut a, &mut b);
         }
         let operand = |(matrix, rows), box_rows| {
-            TensorMap::new(matrix, [rows, product.inputs], [box_rows, SLICE as u32])
+            let shape = [rows, product.inputs];
+            TensorMap::new(matrix, shape, product.inputs, [box_rows, SLICE as u32])
         };
         let (out, out_f32) = match product.out {
             Output::Bf16(out) => {
                 let shape = [product.tokens, product.outputs];
-                (TensorMap::new(out, shape, tile.out_box())?, Slice::null())
+                let out = TensorMap::new(out, shape, product.stride, tile.out_box())?;
+                (out, Slice::null())
             }
             Output::F32(out) => (TensorMap::UNUSED, out),
         };
@@ -239,7 +249,8 @@ impl GemmHopper {
             k: product.inputs as u32,
             // With few tokens, the blocks that read the same weights are neighbours in time.
             group: if tile.weights == Side::A { 1 } else { GROUP },
-            padding: [0; 4],
+            stride: product.stride as u32,
+            padding: [0; 7],
         })
     }
 }

@@ -13,10 +13,13 @@ mod copy_blocks;
 mod embed;
 mod gemm;
 mod gemm_sm90a;
+mod kv;
 mod packed;
+mod packed_sm90a;
 mod rope;
 mod sample;
 mod scatter;
+mod step_io;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
@@ -27,13 +30,16 @@ pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
 pub use gemm_sm90a::GemmHopper;
-pub use packed::{Form, Packed};
-pub use rope::{KvShape, NOWHERE, QkNormRopeAppend, Rope};
+pub use kv::{KvDtype, KvShape, UnpackBlocks};
+pub use packed::{Form, Pack, Packed};
+pub use packed_sm90a::PackedHopper;
+pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
     Top, Want,
 };
 pub use scatter::Scatter;
+pub use step_io::{Delivery, Done, FAILED_AT, MASKS_AT, RING, StepIo, Turn};
 
 /// The image of `kernels/<name>.cu`.
 macro_rules! image {

@@ -1,15 +1,20 @@
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
+use std::ops::Range;
 
 use half::bf16;
 use spate_model::GgmlType;
 
 use super::gemm::{Output, Product};
-use super::image;
+use super::{image, striding_grid};
 use crate::CudaError;
 use crate::driver::{Device, Kernel, Module, Plain, Shape, Slice, Stream};
+use crate::linear::PackedPart;
 
 /// A record: rows, columns.
 const RECORD: [usize; 2] = [16, 64];
+
+/// Records of a piece, which lie one below the other.
+const PIECE: usize = Form::ROWS / RECORD[0];
 
 /// A kernel of `gemm_skinny_packed.cu`: how many tokens it takes, the warps of its largest block, and the
 /// stages of its ring.
@@ -26,25 +31,31 @@ const SKINNY: [Skinny; 2] = [
         depth: 16,
     },
     Skinny {
-        tokens: Packed::MAX_TOKENS,
+        tokens: 64,
         warps: 8,
         depth: 6,
     },
 ];
 
 impl Skinny {
+    /// Blocks that have something to do.
+    fn blocks(&self, tokens: usize, outputs: usize, warps: usize) -> usize {
+        outputs.div_ceil(RECORD[0] * warps) * tokens.div_ceil(self.tokens)
+    }
+
     /// Warps of a block: as many as leave a block for nearly every SM, as they share the tokens.
-    fn warps(&self, outputs: usize, sms: u32) -> usize {
-        let rows = outputs.div_ceil(RECORD[0]);
+    fn warps(&self, tokens: usize, outputs: usize, sms: u32) -> usize {
         let mut warps = self.warps;
-        while warps > 1 && rows / warps < sms as usize * 7 / 8 {
+        while warps > 1 && self.blocks(tokens, outputs, warps) < sms as usize * 7 / 8 {
             warps /= 2;
         }
         warps
     }
 
     fn shared_bytes(&self, form: Form, warps: usize, tokens: usize) -> u32 {
-        let tokens = tokens.next_multiple_of(8) * RECORD[1] * size_of::<bf16>();
+        let round = self.tokens.min(16);
+        let tokens = tokens.min(self.tokens).next_multiple_of(round);
+        let tokens = tokens * RECORD[1] * size_of::<bf16>();
         (self.depth * (warps * form.record() + tokens)) as u32
     }
 }
@@ -72,46 +83,14 @@ pub enum Form {
     Eight,
 }
 
-/// What the kernels of a form are called, and bytes of its record.
-const FORMS: [(Form, [&CStr; 3], usize); 6] = [
-    (
-        Form::Four,
-        [c"unpack_4", c"gemm_packed_4_8", c"gemm_packed_4_64"],
-        512 + 64,
-    ),
-    (
-        Form::FourMin,
-        [
-            c"unpack_4_min",
-            c"gemm_packed_4_min_8",
-            c"gemm_packed_4_min_64",
-        ],
-        512 + 128,
-    ),
-    (
-        Form::Five,
-        [c"unpack_5", c"gemm_packed_5_8", c"gemm_packed_5_64"],
-        512 + 128 + 64,
-    ),
-    (
-        Form::FiveMin,
-        [
-            c"unpack_5_min",
-            c"gemm_packed_5_min_8",
-            c"gemm_packed_5_min_64",
-        ],
-        512 + 128 + 128,
-    ),
-    (
-        Form::Six,
-        [c"unpack_6", c"gemm_packed_6_8", c"gemm_packed_6_64"],
-        512 + 256 + 128,
-    ),
-    (
-        Form::Eight,
-        [c"unpack_8", c"gemm_packed_8_8", c"gemm_packed_8_64"],
-        512 + 512 + 64,
-    ),
+/// What a form's kernels are called after, and bytes of its record.
+pub(super) const FORMS: [(Form, &str, usize); 6] = [
+    (Form::Four, "4", 512 + 64),
+    (Form::FourMin, "4_min", 512 + 128),
+    (Form::Five, "5", 512 + 128 + 64),
+    (Form::FiveMin, "5_min", 512 + 128 + 128),
+    (Form::Six, "6", 512 + 256 + 128),
+    (Form::Eight, "8", 512 + 512 + 64),
 ];
 
 const FORMATS: [(GgmlType, Form, &CStr); 8] = [
@@ -126,6 +105,9 @@ const FORMATS: [(GgmlType, Form, &CStr); 8] = [
 ];
 
 impl Form {
+    /// Rows that are packed together: stretches of a matrix begin at multiples.
+    pub const ROWS: usize = 64;
+
     /// How matrices of a format of GGML are kept; `None` for the formats that the kernels don't know.
     pub fn of(ty: GgmlType) -> Option<Self> {
         let known = FORMATS.iter().find(|(format, ..)| *format == ty);
@@ -143,7 +125,7 @@ impl Form {
 }
 
 fn records(rows: usize, cols: usize) -> usize {
-    rows.div_ceil(RECORD[0]) * cols.div_ceil(RECORD[1])
+    rows.div_ceil(Form::ROWS) * PIECE * cols.div_ceil(RECORD[1])
 }
 
 /// The struct `Args` of gemm_skinny_packed.cu.
@@ -158,47 +140,30 @@ struct Args {
     tokens: u32,
     outputs: u32,
     k: u32,
-    padding: u32,
+    stride: u32,
 }
 
 // SAFETY: numbers without gaps between them; the kernel declares the same.
 unsafe impl Plain for Args {}
 
-/// Quantised weights.
-pub struct Packed {
+/// Makes what the GPU keeps of what files have.
+pub struct Pack {
     pack: Vec<Kernel>,
-    unpack: Vec<Kernel>,
-    /// For at most 8 and at most 64 tokens.
-    multiply: Vec<[Kernel; 2]>,
+    /// From float16 and float32.
+    round: [Kernel; 2],
 }
 
-impl Packed {
-    /// The most tokens that [`Packed::multiply`] takes. For more, unpack.
-    pub const MAX_TOKENS: usize = 64;
-
+impl Pack {
     /// Loads the kernels.
     ///
     /// # Errors
     /// When the GPU can't run them.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
-        let convert = Module::load(device, &image!("packed"))?;
-        let gemm = Module::load(device, &image!("gemm_skinny_packed"))?;
-        let multiply = FORMS.iter().map(|(form, [_, few, many], _)| {
-            let kernels = [gemm.kernel(few)?, gemm.kernel(many)?];
-            for (kernel, skinny) in kernels.iter().zip(&SKINNY) {
-                let most = skinny.shared_bytes(*form, skinny.warps, skinny.tokens);
-                kernel.allow_shared_bytes(most)?;
-            }
-            Ok(kernels)
-        });
-        let pack = FORMATS.iter().map(|(_, _, entry)| convert.kernel(entry));
-        let unpack = FORMS
-            .iter()
-            .map(|(_, [entry, ..], _)| convert.kernel(entry));
+        let module = Module::load(device, &image!("packed"))?;
+        let pack = FORMATS.iter().map(|(_, _, entry)| module.kernel(entry));
         Ok(Self {
             pack: pack.collect::<Result<_, _>>()?,
-            unpack: unpack.collect::<Result<_, _>>()?,
-            multiply: multiply.collect::<Result<_, CudaError>>()?,
+            round: [module.kernel(c"round_f16")?, module.kernel(c"round_f32")?],
         })
     }
 
@@ -226,12 +191,13 @@ impl Packed {
         let row_bytes = ty.row_bytes(cols).expect("rows are whole blocks");
         assert!(raw.len() >= rows * row_bytes && out.len() >= FORMATS[at].1.bytes(rows, cols));
         let arguments = (raw, rows as u32, cols as u32, out);
+        let shape = warp_per_record(rows, cols).after_previous();
         // SAFETY: the types are those of packed.cu, the lengths were checked, the caller vouches for
         // the rest.
-        unsafe { self.pack[at].launch(stream, warp_per_record(rows, cols), &arguments) }
+        unsafe { self.pack[at].launch(stream, shape, &arguments) }
     }
 
-    /// `out = packed`, `[rows, cols]`, rounded to nearest.
+    /// Rounds numbers of 16 or 32 bits to bfloat16.
     ///
     /// # Errors
     /// When the device is lost.
@@ -240,24 +206,126 @@ impl Packed {
     /// All memory is alive until the kernel has run.
     ///
     /// # Panics
-    /// If a buffer is too small.
+    /// If the type is another one or `raw` is too small.
+    pub unsafe fn round(
+        &self,
+        stream: &Stream,
+        ty: GgmlType,
+        raw: Slice<u8>,
+        out: Slice<bf16>,
+    ) -> Result<(), CudaError> {
+        let kernel = match ty {
+            GgmlType::F16 => &self.round[0],
+            GgmlType::F32 => &self.round[1],
+            other => panic!("{other} is not rounded"),
+        };
+        assert!(raw.len() >= out.len() * ty.block_bytes());
+        let grid = striding_grid(out.len(), THREADS, stream.sms());
+        let shape = Shape::new(grid, THREADS).after_previous();
+        // SAFETY: as above.
+        unsafe { kernel.launch(stream, shape, &(raw, out.len() as u64, out)) }
+    }
+}
+
+/// Quantised weights in use.
+pub struct Packed {
+    unpack: Vec<Kernel>,
+    embed: Vec<Kernel>,
+    /// As [`SKINNY`].
+    multiply: Vec<[Kernel; 2]>,
+}
+
+impl Packed {
+    /// Loads the kernels.
+    ///
+    /// # Errors
+    /// When the GPU can't run them.
+    pub fn load(device: &Device) -> Result<Self, CudaError> {
+        let convert = Module::load(device, &image!("packed"))?;
+        let gemm = Module::load(device, &image!("gemm_skinny_packed"))?;
+        let multiply = FORMS.iter().map(|(form, name, _)| {
+            let entry = |skinny: &Skinny| format!("gemm_packed_{name}_{}", skinny.tokens);
+            let kernels = [
+                named(&gemm, entry(&SKINNY[0]))?,
+                named(&gemm, entry(&SKINNY[1]))?,
+            ];
+            for (kernel, skinny) in kernels.iter().zip(&SKINNY) {
+                let most = skinny.shared_bytes(*form, skinny.warps, skinny.tokens);
+                kernel.allow_shared_bytes(most)?;
+            }
+            Ok(kernels)
+        });
+        let of_forms = |prefix: &str| {
+            let entries = FORMS.iter().map(|(_, name, _)| format!("{prefix}_{name}"));
+            let kernels = entries.map(|entry| named(&convert, entry));
+            kernels.collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Self {
+            unpack: of_forms("unpack")?,
+            embed: of_forms("embed")?,
+            multiply: multiply.collect::<Result<_, CudaError>>()?,
+        })
+    }
+
+    /// `out = rows of part`, `[rows, cols]`, rounded to nearest.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// All memory is alive until the kernel has run.
+    ///
+    /// # Panics
+    /// If the rows don't begin at a multiple of [`Form::ROWS`] or a buffer is too small.
     pub unsafe fn unpack(
         &self,
         stream: &Stream,
-        form: Form,
-        packed: Slice<u8>,
-        [rows, cols]: [usize; 2],
+        part: &PackedPart,
+        rows: Range<usize>,
+        cols: usize,
         out: Slice<bf16>,
     ) -> Result<(), CudaError> {
-        assert!(packed.len() >= form.bytes(rows, cols) && out.len() >= rows * cols);
-        let arguments = (packed, rows as u32, cols as u32, out);
-        let kernel = &self.unpack[form as usize];
+        assert!(rows.start.is_multiple_of(Form::ROWS) && rows.end <= part.rows);
+        assert!(out.len() >= rows.len() * cols);
+        let ends = [rows.start, rows.end].map(|row| part.form.bytes(row, cols));
+        let packed = part.data.range(ends[0]..ends[1]);
+        let arguments = (packed, rows.len() as u32, cols as u32, out);
+        let kernel = &self.unpack[part.form as usize];
+        let shape = warp_per_record(rows.len(), cols);
         // SAFETY: as above.
-        unsafe { kernel.launch(stream, warp_per_record(rows, cols), &arguments) }
+        unsafe { kernel.launch(stream, shape, &arguments) }
     }
 
-    /// Computes a product of at most [`Packed::MAX_TOKENS`] tokens with packed weights in the place of
-    /// its own.
+    /// As [`Embed::launch`](super::Embed::launch), with rows of a quantised table.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    ///
+    /// # Safety
+    /// Ids and slots are in range; all memory is alive until the kernel has run.
+    ///
+    /// # Panics
+    /// If `width` is not a multiple of 32 or a buffer is too small.
+    pub unsafe fn embed(
+        &self,
+        stream: &Stream,
+        tokens: Slice<u32>,
+        last: Slice<i32>,
+        table: &PackedPart,
+        scale: f32,
+        width: usize,
+        out: Slice<bf16>,
+    ) -> Result<(), CudaError> {
+        assert!(width.is_multiple_of(32) && out.len() >= tokens.len() * width);
+        assert!(table.data.len() >= table.form.bytes(table.rows, width));
+        let threads = (width / 16).next_multiple_of(32).min(256) as u32;
+        let shape = Shape::new(tokens.len() as u32, threads);
+        let arguments = (tokens, last, table.data, scale, width as u32, out);
+        // SAFETY: as above.
+        unsafe { self.embed[table.form as usize].launch(stream, shape, &arguments) }
+    }
+
+    /// Computes a product with packed weights in the place of its own.
     ///
     /// # Errors
     /// When the device is lost.
@@ -267,49 +335,53 @@ impl Packed {
     /// precedes this one in the stream was launched.
     ///
     /// # Panics
-    /// If there are more tokens, `inputs` is not a multiple of 32, or a buffer is too small.
+    /// If the part has other rows than `outputs`, `inputs` is not a multiple of 32, or a buffer is too
+    /// small.
     pub unsafe fn multiply(
         &self,
         stream: &Stream,
-        form: Form,
-        packed: Slice<u8>,
+        part: &PackedPart,
         product: &Product,
     ) -> Result<(), CudaError> {
+        product.check_activations();
         let Product {
             tokens,
             outputs,
             inputs,
             ..
         } = *product;
-        assert!(tokens <= Self::MAX_TOKENS && inputs.is_multiple_of(32));
-        assert!(packed.len() >= form.bytes(outputs, inputs) && product.x.len() >= tokens * inputs);
-        assert!(product.bias.is_none_or(|bias| bias.len() >= outputs));
-        let (out, out_f32, len) = match product.out {
-            Output::Bf16(out) => (out.address(), 0, out.len()),
-            Output::F32(out) => (0, out.address(), out.len()),
+        assert!(outputs == part.rows && inputs.is_multiple_of(32));
+        assert!(part.data.len() >= part.form.bytes(outputs, inputs));
+        let (out, out_f32) = match product.out {
+            Output::Bf16(out) => (out.address(), 0),
+            Output::F32(out) => (0, out.address()),
         };
-        assert!(len >= tokens * outputs);
         let args = Args {
             x: product.x.address(),
-            weights: packed.address(),
+            weights: part.data.address(),
             out,
             out_f32,
             bias: product.bias.map_or(0, |bias| bias.address()),
             tokens: tokens as u32,
             outputs: outputs as u32,
             k: inputs as u32,
-            padding: 0,
+            stride: product.stride as u32,
         };
         let which = usize::from(tokens > SKINNY[0].tokens);
-        let (skinny, kernel) = (&SKINNY[which], &self.multiply[form as usize][which]);
-        let warps = skinny.warps(outputs, stream.sms());
-        let blocks = outputs.div_ceil(RECORD[0] * warps);
+        let (skinny, kernel) = (&SKINNY[which], &self.multiply[part.form as usize][which]);
+        let warps = skinny.warps(tokens, outputs, stream.sms());
+        let blocks = skinny.blocks(tokens, outputs, warps);
         let grid = blocks.min((stream.sms() * BLOCKS_PER_SM) as usize) as u32;
         let shape = Shape::new(grid, 32 * warps as u32);
-        let shape = shape.shared_bytes(skinny.shared_bytes(form, warps, tokens));
+        let shape = shape.shared_bytes(skinny.shared_bytes(part.form, warps, tokens));
         // SAFETY: as above.
         unsafe { kernel.launch(stream, shape, &(args,)) }
     }
+}
+
+/// A kernel whose name is put together.
+pub(super) fn named(module: &Module, entry: String) -> Result<Kernel, CudaError> {
+    module.kernel(&CString::new(entry).expect("names have no zeros"))
 }
 
 fn warp_per_record(rows: usize, cols: usize) -> Shape {

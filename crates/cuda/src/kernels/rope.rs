@@ -1,9 +1,9 @@
 use half::bf16;
 use spate_model::RopePairing;
 
-use super::{VEC, image, striding_grid};
+use super::{KvShape, VEC, image, striding_grid};
 use crate::CudaError;
-use crate::driver::{Device, Kernel, Module, Plain, Shape, Slice, Stream};
+use crate::driver::{Device, Kernel, Module, Shape, Slice, Stream};
 
 /// In place of a token's place in the cache: it has none (padding).
 pub const NOWHERE: u32 = u32::MAX;
@@ -13,39 +13,11 @@ const PER_THREAD: usize = 2 * VEC;
 
 const THREADS: u32 = 128;
 
-/// Sizes of the paged KV cache, `[layers][blocks][2][kv_heads][block_size][head_dim]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-pub struct KvShape {
-    /// Blocks in the pool.
-    pub blocks: u32,
-    /// Key/value heads.
-    pub kv_heads: u32,
-    /// Positions in a block.
-    pub block_size: u32,
-    /// Width of a head.
-    pub head_dim: u32,
-}
-
-// SAFETY: four numbers, laid out as in kv.cuh.
-unsafe impl Plain for KvShape {}
-
-impl KvShape {
-    /// Elements of one block in one layer, keys and values.
-    pub fn block_len(&self) -> usize {
-        2 * self.kv_heads as usize * self.block_size as usize * self.head_dim as usize
-    }
-
-    /// Elements of one layer.
-    pub fn layer_len(&self) -> usize {
-        self.blocks as usize * self.block_len()
-    }
-}
-
 /// Everything about positions: rotation angles of a step, and their application.
 pub struct Rope {
     rotations: Kernel,
     append: Kernel,
+    append_packed: Kernel,
 }
 
 /// Parameters of [`Rope::append`] that a model fixes.
@@ -73,6 +45,7 @@ impl Rope {
         Ok(Self {
             rotations: module.kernel(c"rope_rotations")?,
             append: module.kernel(c"qk_norm_rope_append")?,
+            append_packed: module.kernel(c"qk_norm_rope_append_packed")?,
         })
     }
 
@@ -117,8 +90,9 @@ impl Rope {
     /// the cache of `layer`.
     ///
     /// `qkv`: `[places, (heads + 2 * kv_heads) * head_dim]`; `norms`: the queries' and the keys',
-    /// `[head_dim]` each; `rotations`: as [`rotations`](Self::rotations) made them; `places`: one
-    /// per token, `block * block_size + offset` or [`NOWHERE`]; `cache`: as [`KvShape`] says.
+    /// `[head_dim]` each; `rotations`: as [`rotations`](Self::rotations) made them; `common`: taken
+    /// from every rotated key, `[kv_heads, head_dim]`, which changes no attention; `places`: one per token, `block * block_size + offset` or [`NOWHERE`]; `cache`: as [`KvShape`] says. A cache of codes
+    /// has the elements of keys in another order, and perhaps rotated; queries are changed alike.
     ///
     /// # Errors
     /// When the device is lost.
@@ -136,16 +110,18 @@ impl Rope {
         layer: usize,
         norms: Option<(Slice<f32>, Slice<f32>)>,
         rotations: Slice<f32>,
+        common: Option<Slice<f32>>,
         places: Slice<u32>,
         qkv: Slice<bf16>,
-        cache: Slice<bf16>,
+        cache: Slice<u8>,
     ) -> Result<(), CudaError> {
         let QkNormRopeAppend { heads, shape, .. } = *model;
         let (tokens, pairs, dim) = (places.len(), model.pairs as usize, shape.head_dim as usize);
         let all_heads = (heads + 2 * shape.kv_heads) as usize;
         assert!(Self::supports(dim, 2 * pairs));
         assert!(qkv.len() >= tokens * all_heads * dim && rotations.len() >= 2 * tokens * pairs);
-        assert!(cache.len() >= (layer + 1) * shape.layer_len());
+        assert!(cache.len() >= (layer + 1) * shape.layer_bytes());
+        assert!(common.is_none_or(|common| common.len() == shape.kv_heads as usize * dim));
         assert!(norms.is_none_or(|(q, k)| q.len() == dim && k.len() == dim));
         let group = (dim / PER_THREAD).next_power_of_two();
         let grid = (tokens * all_heads * group).div_ceil(THREADS as usize);
@@ -159,6 +135,7 @@ impl Rope {
             rotations,
             model.pairs,
             interleaved,
+            common.unwrap_or(Slice::null()),
             places,
             shape,
             layer as u32,
@@ -167,11 +144,12 @@ impl Rope {
             group as u32,
             cache,
         );
+        let kernel = match shape.is_packed() {
+            true => &self.append_packed,
+            false => &self.append,
+        };
         // SAFETY: the types are those of rope.cu (a C++ bool is a byte of 0 or 1), the lengths were
         // checked, the caller vouches for the rest.
-        unsafe {
-            self.append
-                .launch(stream, Shape::new(grid as u32, THREADS), &arguments)
-        }
+        unsafe { kernel.launch(stream, Shape::new(grid as u32, THREADS), &arguments) }
     }
 }

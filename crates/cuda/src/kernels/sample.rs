@@ -123,6 +123,8 @@ pub struct Want {
     pub target: u32,
     /// Whether (1) or not (0) to choose the token that comes next.
     pub sample: u32,
+    /// Which of [`SampleTile::masks`] says what may be chosen; [`NONE`]: nothing is forbidden.
+    pub mask: u32,
 }
 
 // SAFETY: numbers, laid out as in sampling.cuh.
@@ -200,7 +202,7 @@ pub struct SampleTile {
     pub vocab: usize,
     /// What to do with each row.
     pub wants: Slice<Want>,
-    /// `[wants, vocab / 32]` (rounded up), a bit for each token that is allowed; or null.
+    /// `[masks, vocab / 32]` (rounded up), a bit for each token that is allowed.
     pub masks: Slice<u32>,
     /// One per row of the batch: 1 if it has failed; read and written.
     pub failed: Slice<u32>,
@@ -237,7 +239,7 @@ impl Sample {
     /// When the device is lost.
     ///
     /// # Safety
-    /// Slots, rows and tokens in `wants` are in range, no slot is sampled twice, the slots' edits
+    /// Slots, rows, masks and tokens in `wants` are in range, no slot is sampled twice, the slots' edits
     /// name tokens below `vocab`; all memory is alive until the kernel has run.
     ///
     /// # Panics
@@ -251,7 +253,6 @@ impl Sample {
         let (n, vocab) = (tile.wants.len(), tile.vocab);
         assert!(tile.stride.is_multiple_of(4) && tile.stride >= vocab && vocab <= MAX_VOCAB);
         assert!(tile.logits.len() >= n * tile.stride);
-        assert!(tile.masks.is_empty() || tile.masks.len() >= n * vocab.div_ceil(32));
         assert!(tile.chosen.len() == 2 * n && tile.tops.len() == 2 * n * MAX_TOP);
         assert!(slots.edits.len() >= slots.params.len() * MAX_EDITS);
         assert!(slots.counts.len() >= slots.params.len() * vocab);
@@ -389,7 +390,7 @@ mod tests {
     fn layouts_are_those_of_the_header() {
         assert_eq!(size_of::<SlotParams>(), 64);
         assert_eq!(std::mem::offset_of!(SlotParams, seed), 56);
-        assert_eq!(size_of::<Want>(), 20);
+        assert_eq!(size_of::<Want>(), 24);
         assert_eq!(size_of::<Chosen>(), 16);
         assert_eq!((size_of::<Top>(), size_of::<Edit>()), (8, 8));
     }

@@ -17,7 +17,7 @@ impl Scatter {
         Ok(Self(module.kernel(c"scatter")?))
     }
 
-    /// `words`: index in `to`, value, index, value, …
+    /// `words`: index in `to` or [`super::NOWHERE`] (padding), value, index, value, …
     ///
     /// # Errors
     /// When the device is lost.

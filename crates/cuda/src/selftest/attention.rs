@@ -1,19 +1,28 @@
 use std::cell::Cell;
+use std::ops::Range;
 use std::thread;
 
 use half::bf16;
 
+use super::kv::Row;
 use super::lab::{Lab, Report, distance};
 use crate::CudaError;
 use crate::driver::{Device, Slice};
 use crate::kernels::{
-    Attention, AttentionModel, AttentionStep, DecodeScratch, KvShape, Path, Sequence,
+    Attention, AttentionModel, AttentionStep, DecodeScratch, KvDtype, KvShape, Path, Sequence,
+    UnpackBlocks,
 };
 
 /// Weights and outputs rounded to bfloat16.
 const LIMIT: f64 = 6e-3;
 
-const HEAD_DIMS: [u32; 4] = [64, 96, 128, 256];
+const DTYPES: [(KvDtype, &str); 3] = [
+    (KvDtype::Bf16, ""),
+    (KvDtype::Int8, " int8"),
+    (KvDtype::Fp8, " fp8"),
+];
+/// The cache's part that kernels may read but that is nobody's.
+const BEHIND: usize = 64;
 /// Lengths that a case's sequences stay below: of one split of positions, of a few, of many.
 const LONGEST: [usize; 6] = [40, 200, 200, 700, 1400, 2200];
 
@@ -32,17 +41,21 @@ fn paths(device: &Device) -> Vec<(Path, &'static str)> {
     paths
 }
 
-pub(super) fn attention(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    let mut reports = Vec::new();
-    for (path, name) in paths(lab.device()) {
-        for head_dim in HEAD_DIMS {
-            let mut found = Found::default();
-            for longest in LONGEST {
+/// Heads of `HEAD_DIM` elements.
+pub(super) fn attention<const HEAD_DIM: u32>(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let (mut reports, paths) = (Vec::new(), paths(lab.device()));
+    for (dtype, dtype_name) in DTYPES {
+        let mut found: Vec<Found> = paths.iter().map(|_| Found::default()).collect();
+        for longest in LONGEST {
+            let case = Case::random(lab, dtype, HEAD_DIM, longest);
+            let expected = case.expected();
+            for ((path, _), found) in paths.iter().zip(&mut found) {
                 lab.clear()?;
-                let case = Case::random(lab, head_dim, longest);
-                check(lab, path, &case, &mut found)?;
+                check(lab, *path, &case, &expected, found)?;
             }
-            let name = |what: &str| format!("attention {head_dim} ({name}), {what}");
+        }
+        for ((_, name), found) in paths.iter().zip(&found) {
+            let name = |what: &str| format!("attention {HEAD_DIM}{dtype_name} ({name}), {what}");
             reports.push(lab.report(&name("prefill"), &found.prefill, LIMIT));
             reports.push(lab.report(&name("decode"), &found.decode, LIMIT));
             reports.push(lab.report(&name("same bits"), &found.differing, 0.0));
@@ -61,9 +74,12 @@ struct Found {
 }
 
 /// A model, some sequences, and where their blocks lie.
+#[derive(Clone)]
 struct Case {
     seed: u64,
     model: AttentionModel,
+    /// Keys and values are numbers that this shape's format has.
+    values: KvShape,
     window: Option<u32>,
     lengths: Vec<u32>,
     tables: Vec<Vec<u32>>,
@@ -77,7 +93,7 @@ enum What {
 }
 
 impl Case {
-    fn random(lab: &mut Lab, head_dim: u32, longest: usize) -> Self {
+    fn random(lab: &mut Lab, dtype: KvDtype, head_dim: u32, longest: usize) -> Self {
         let kv_heads = lab.pick(&[1, 2, 3]);
         let block_size = lab.pick(&[16, 16, 32, 48, 64, 128, 256]);
         let count = 1 + lab.below(3);
@@ -90,16 +106,13 @@ impl Case {
             (0..n.div_ceil(block_size)).map(|_| take()).collect()
         });
         let tables = tables.collect();
+        let shape = KvShape::new(dtype, blocks + 3, kv_heads, block_size, head_dim);
         Self {
             seed: lab.random(),
+            values: shape,
             model: AttentionModel {
                 heads: kv_heads * lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]),
-                shape: KvShape {
-                    blocks: blocks + 3,
-                    kv_heads,
-                    block_size,
-                    head_dim,
-                },
+                shape,
                 scale: (head_dim as f32).powf(-0.5),
                 softcap: (lab.below(4) == 0).then_some(20.0),
             },
@@ -113,8 +126,31 @@ impl Case {
         (self.model.heads * self.model.shape.head_dim) as usize
     }
 
+    /// The same with a cache of bfloat16.
+    fn twin(&self) -> Self {
+        let (mut twin, shape) = (self.clone(), self.model.shape);
+        twin.model.shape = shape.with(KvDtype::Bf16, shape.blocks);
+        twin
+    }
+
     /// A head's vector at a position: the same whenever it is asked for.
     fn vector(&self, what: What, sequence: usize, position: u32, head: u32) -> Vec<bf16> {
+        let random = self.random_vector(what, sequence, position, head);
+        match (what, self.values.dtype()) {
+            (What::Query, _) | (_, KvDtype::Bf16) => random,
+            (_, dtype) => {
+                let values = self.row(&random).values(dtype);
+                values.into_iter().map(bf16::from_f64).collect()
+            }
+        }
+    }
+
+    fn row(&self, vector: &[bf16]) -> Row {
+        let vector: Vec<f64> = vector.iter().map(|x| x.to_f64()).collect();
+        Row::new(&self.values, &vector)
+    }
+
+    fn random_vector(&self, what: What, sequence: usize, position: u32, head: u32) -> Vec<bf16> {
         let mut state = self.seed;
         for part in [what as u64, sequence as u64, position.into(), head.into()] {
             state = mix(state ^ part);
@@ -134,25 +170,31 @@ impl Case {
     }
 
     /// The cache: not a number wherever no sequence has a position.
-    fn cache(&self) -> Vec<bf16> {
+    fn cache(&self) -> Vec<u8> {
         let shape = self.model.shape;
         let KvShape {
             kv_heads,
             block_size,
-            head_dim,
             ..
         } = shape;
-        let mut cache = vec![bf16::NAN; LAYERS * shape.layer_len()];
+        let mut cache = vec![0xff; LAYERS * shape.layer_bytes() + BEHIND];
         for (sequence, length) in self.lengths.iter().enumerate() {
             for position in 0..*length {
                 let block = self.tables[sequence][(position / block_size) as usize] as usize;
-                let block = LAYER * shape.layer_len() + block * shape.block_len();
+                let block = LAYER * shape.layer_bytes() + block * shape.block_bytes();
+                let offset = (position % block_size) as usize;
                 for (half, what) in [What::Key, What::Value].into_iter().enumerate() {
                     for head in 0..kv_heads {
-                        let row = (half as u32 * kv_heads + head) * block_size;
-                        let from = block + ((row + position % block_size) * head_dim) as usize;
+                        let at = (half * kv_heads as usize + head as usize) * shape.tile_bytes();
+                        let tile = &mut cache[block + at..][..shape.tile_bytes()];
+                        if shape.is_packed() {
+                            let x = self.random_vector(what, sequence, position, head);
+                            self.row(&x).write(&shape, tile, offset);
+                            continue;
+                        }
                         let x = self.vector(what, sequence, position, head);
-                        cache[from..from + x.len()].copy_from_slice(&x);
+                        let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
+                        tile[offset * bytes.len()..][..bytes.len()].copy_from_slice(&bytes);
                     }
                 }
             }
@@ -175,42 +217,52 @@ impl Case {
 
     /// In float64, for each sequence the compared positions' outputs.
     fn expected(&self) -> Vec<Vec<Vec<f64>>> {
-        thread::scope(|scope| {
-            let works: Vec<_> = (0..self.lengths.len())
-                .map(|sequence| scope.spawn(move || self.expected_of(sequence)))
-                .collect();
-            let join = |work: thread::ScopedJoinHandle<'_, _>| {
-                work.join().expect("plain arithmetic doesn't panic")
+        let kv_heads = self.model.shape.kv_heads;
+        let sequences = 0..self.lengths.len();
+        let read = parallel(sequences.clone(), 0..kv_heads, &|sequence, head| {
+            [What::Key, What::Value].map(|what| self.vectors(what, sequence, head))
+        });
+        let heads = parallel(sequences.clone(), 0..self.model.heads, &|sequence, head| {
+            let kv_head = head * kv_heads / self.model.heads;
+            let [keys, values] = &read[sequence][kv_head as usize];
+            self.expected_of(sequence, head, keys, values)
+        });
+        let outputs = sequences.map(|sequence| {
+            let positions = 0..self.compared(sequence).len();
+            let row = |at: usize| {
+                heads[sequence]
+                    .iter()
+                    .flat_map(move |head| head[at].clone())
             };
-            works.into_iter().map(join).collect()
-        })
+            positions.map(|at| row(at).collect()).collect()
+        });
+        outputs.collect()
     }
 
-    fn expected_of(&self, sequence: usize) -> Vec<Vec<f64>> {
-        let AttentionModel { heads, shape, .. } = self.model;
-        let positions = self.compared(sequence);
-        let mut out = vec![Vec::with_capacity(self.width()); positions.len()];
-        let vector = |what, position, head| {
-            let vector = self.vector(what, sequence, position, head);
-            vector.iter().map(|x| x.to_f64()).collect::<Vec<f64>>()
-        };
-        for head in 0..heads {
-            let kv_head = head / (heads / shape.kv_heads);
-            let all = |what| {
-                let positions = 0..self.lengths[sequence];
-                positions
-                    .map(move |p| vector(what, p, kv_head))
-                    .collect::<Vec<_>>()
-            };
-            let (keys, values) = (all(What::Key), all(What::Value));
-            for (out, &position) in out.iter_mut().zip(&positions) {
-                let query = vector(What::Query, position, head);
-                let from = (position + 1).saturating_sub(self.window.unwrap_or(u32::MAX));
-                let seen = from as usize..position as usize + 1;
-                out.extend(self.attend(&query, &keys[seen.clone()], &values[seen]));
-            }
-        }
-        out
+    fn vectors(&self, what: What, sequence: usize, head: u32) -> Vec<Vec<f64>> {
+        let positions = 0..self.lengths[sequence];
+        let vector = |position| self.vector(what, sequence, position, head);
+        let wide = |vector: Vec<bf16>| vector.iter().map(|x| x.to_f64()).collect();
+        positions.map(vector).map(wide).collect()
+    }
+
+    /// One head's outputs.
+    fn expected_of(
+        &self,
+        sequence: usize,
+        head: u32,
+        keys: &[Vec<f64>],
+        values: &[Vec<f64>],
+    ) -> Vec<Vec<f64>> {
+        let positions = self.compared(sequence).into_iter();
+        let outputs = positions.map(|position| {
+            let query = self.vector(What::Query, sequence, position, head);
+            let query: Vec<f64> = query.iter().map(|x| x.to_f64()).collect();
+            let from = (position + 1).saturating_sub(self.window.unwrap_or(u32::MAX));
+            let seen = from as usize..position as usize + 1;
+            self.attend(&query, &keys[seen.clone()], &values[seen])
+        });
+        outputs.collect()
     }
 
     fn attend(&self, query: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>]) -> Vec<f64> {
@@ -234,6 +286,30 @@ impl Case {
         }
         out
     }
+}
+
+/// What `of` gives for each sequence and head.
+fn parallel<T: Send>(
+    sequences: Range<usize>,
+    heads: Range<u32>,
+    of: &(impl Fn(usize, u32) -> T + Sync),
+) -> Vec<Vec<T>> {
+    thread::scope(|scope| {
+        let start = |sequence| {
+            let heads = heads.clone();
+            heads
+                .map(|head| scope.spawn(move || of(sequence, head)))
+                .collect::<Vec<_>>()
+        };
+        let works: Vec<_> = sequences.map(start).collect();
+        let join = |work: thread::ScopedJoinHandle<'_, T>| {
+            work.join().expect("plain arithmetic doesn't panic")
+        };
+        let works = works.into_iter();
+        works
+            .map(|heads| heads.into_iter().map(join).collect())
+            .collect()
+    })
 }
 
 /// SplitMix64's output function.
@@ -261,22 +337,39 @@ enum Kind {
 /// A case on the GPU.
 struct Bench<'a> {
     case: &'a Case,
+    path: Path,
+    cache: Slice<u8>,
     attention: Attention,
     scratch: DecodeScratch,
 }
 
 impl<'a> Bench<'a> {
     fn new(lab: &mut Lab, path: Path, case: &'a Case) -> Result<Self, CudaError> {
-        let cache = lab.upload(&case.cache())?;
+        let bytes = case.cache();
+        let cache = lab.upload(&bytes)?.range(0..bytes.len() - BEHIND);
         let attention = Attention::load(lab.device(), path, case.model, cache)?;
         let scratch = lab.take(|arena| attention.take_scratch(arena, MAX_WORKS))?;
         // SAFETY: the arena is alive.
         unsafe { scratch.reset(&lab.stream)? };
         Ok(Self {
             case,
+            path,
+            cache,
             attention,
             scratch,
         })
+    }
+
+    /// Blocks of a cache of codes as a cache of bfloat16 with one layer.
+    fn unpacked(&self, lab: &mut Lab, blocks: Slice<u32>) -> Result<Attention, CudaError> {
+        let (model, count) = (self.case.model, blocks.len() as u32);
+        let shape = model.shape.with(KvDtype::Bf16, count);
+        let out = lab.output::<u8>(shape.layer_bytes())?.slice;
+        let kernel = UnpackBlocks::load(lab.device())?;
+        // SAFETY: the blocks exist; the arena is alive.
+        unsafe { kernel.launch(&lab.stream, &model.shape, self.cache, LAYER, blocks, out)? };
+        let model = AttentionModel { shape, ..model };
+        Attention::load(lab.device(), self.path, model, out)
     }
 
     /// The outputs of each chunk, `[tokens, width]`.
@@ -319,11 +412,20 @@ impl<'a> Bench<'a> {
             Kind::Prefill => self.attention.prefill_work(&sequences, window, &mut work),
             Kind::Decode => self.attention.decode_work(&sequences, window, &mut work),
         }
-        let step = AttentionStep {
+        let mut step = AttentionStep {
             tables: lab.upload(&tables)?,
             work: lab.upload(&work)?,
             works: lab.upload(&[work.len() as u32])?,
             window,
+        };
+        let mut unpacked = None;
+        if matches!(kind, Kind::Prefill) && shape.is_packed() {
+            unpacked = Some(self.unpacked(lab, step.tables)?);
+            step.tables = lab.upload(&(0..tables.len() as u32).collect::<Vec<_>>())?;
+        }
+        let (prefill, layer) = match &unpacked {
+            Some(unpacked) => (unpacked, 0),
+            None => (&self.attention, LAYER),
         };
         let queries = lab.upload(&qkv)?;
         let out = lab.output::<bf16>(qkv.len() / row * width)?;
@@ -332,8 +434,7 @@ impl<'a> Bench<'a> {
         unsafe {
             match kind {
                 Kind::Prefill => {
-                    self.attention
-                        .prefill(stream, &step, LAYER, queries, out.slice)?;
+                    prefill.prefill(stream, &step, layer, queries, out.slice)?;
                 }
                 Kind::Decode => {
                     self.attention
@@ -355,8 +456,14 @@ impl<'a> Bench<'a> {
 /// An output that was not written.
 const POISONED: u16 = 0xffff;
 
-fn check(lab: &mut Lab, path: Path, case: &Case, found: &mut Found) -> Result<(), CudaError> {
-    let (width, expected) = (case.width(), case.expected());
+fn check(
+    lab: &mut Lab,
+    path: Path,
+    case: &Case,
+    expected: &[Vec<Vec<f64>>],
+    found: &mut Found,
+) -> Result<(), CudaError> {
+    let width = case.width();
     let bench = Bench::new(lab, path, case)?;
     let whole: Vec<Chunk> = (0..case.lengths.len())
         .map(|sequence| Chunk {
@@ -415,6 +522,15 @@ fn check(lab: &mut Lab, path: Path, case: &Case, found: &mut Found) -> Result<()
             found.differing.push(differing(out, prefilled, width));
         }
     }
+    if case.model.shape.is_packed() {
+        let case = case.twin();
+        let twin = Bench::new(lab, path, &case)?;
+        let decoded = twin.run(lab, Kind::Decode, &tokens)?.concat();
+        let prefilled = twin.run(lab, Kind::Prefill, &whole)?.concat();
+        let pairs = [(decoded, batched.concat()), (prefilled, together.concat())];
+        let differ = pairs.map(|(twin, packed)| differing(&twin, &packed, width));
+        found.differing.extend(differ);
+    }
     for (token, batched) in tokens.iter().zip(&batched).take(4) {
         let alone = bench.run(lab, Kind::Decode, &[*token])?;
         found.differing.push(differing(&alone[0], batched, width));
@@ -465,13 +581,33 @@ const DECODINGS: [Load; 10] = [
 ];
 
 pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    speeds(lab, &PREFILLS, DTYPES[0])
+}
+
+pub(super) fn packed_throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    // What unpacking adds for prompts.
+    let mut reports = speeds(lab, &PREFILLS[..2], DTYPES[1])?;
+    reports.extend(speeds(lab, &PREFILLS[..2], DTYPES[2])?);
+    Ok(reports)
+}
+
+fn speeds(
+    lab: &mut Lab,
+    prefills: &[Load],
+    (dtype, dtype_name): (KvDtype, &str),
+) -> Result<Vec<Report>, CudaError> {
     let mut reports = Vec::new();
     for (path, name) in paths(lab.device()) {
-        for load in PREFILLS {
-            reports.push(timed(lab, path, name, Kind::Prefill, load)?);
+        let name = format!("{dtype_name} ({name})");
+        for load in prefills {
+            reports.push(timed(lab, path, &name, Kind::Prefill, dtype, 16, *load)?);
         }
         for load in DECODINGS {
-            reports.push(timed(lab, path, name, Kind::Decode, load)?);
+            reports.push(timed(lab, path, &name, Kind::Decode, dtype, 16, load)?);
+        }
+        for load in [DECODINGS[4], DECODINGS[8]] {
+            let name = format!("{name} blocks of 64");
+            reports.push(timed(lab, path, &name, Kind::Decode, dtype, 64, load)?);
         }
     }
     Ok(reports)
@@ -482,22 +618,18 @@ fn timed(
     path: Path,
     name: &str,
     kind: Kind,
+    dtype: KvDtype,
+    block_size: u32,
     ([heads, kv_heads, head_dim], [count, past, tokens]): Load,
 ) -> Result<Report, CudaError> {
-    const BLOCK_SIZE: u32 = 16;
     /// Several layers in turn: those of the last run are in L2.
     const COLD: usize = 400 << 20;
     lab.clear()?;
-    let blocks = (past + tokens).div_ceil(BLOCK_SIZE);
-    let shape = KvShape {
-        blocks: blocks * count,
-        kv_heads,
-        block_size: BLOCK_SIZE,
-        head_dim,
-    };
-    let layers = COLD.div_ceil(2 * shape.layer_len()).min(64);
+    let blocks = (past + tokens).div_ceil(block_size);
+    let shape = KvShape::new(dtype, blocks * count, kv_heads, block_size, head_dim);
+    let layers = COLD.div_ceil(shape.layer_bytes()).min(64);
     let row = (heads + 2 * kv_heads) * head_dim;
-    let cache = lab.random_bf16s(layers * shape.layer_len())?;
+    let cache = lab.random_bf16s(layers * shape.layer_bytes() / 2)?.cast();
     let qkv = lab.random_bf16s((count * tokens * row) as usize)?;
     let out: Slice<bf16> = lab
         .output((count * tokens * heads * head_dim) as usize)?
@@ -535,18 +667,37 @@ fn timed(
         works: lab.upload(&[work.len() as u32])?,
         window: None,
     };
+    // Prompts read bfloat16.
+    let unpacked_shape = shape.with(KvDtype::Bf16, shape.blocks);
+    let unpacked = match (kind, dtype) {
+        (Kind::Prefill, KvDtype::Int8 | KvDtype::Fp8) => {
+            let memory = lab.output(unpacked_shape.layer_bytes())?.slice;
+            let model = AttentionModel {
+                shape: unpacked_shape,
+                ..model
+            };
+            let blocks = lab.upload(&(0..shape.blocks).collect::<Vec<_>>())?;
+            let reads = Attention::load(lab.device(), path, model, memory)?;
+            Some((UnpackBlocks::load(lab.device())?, reads, memory, blocks))
+        }
+        _ => None,
+    };
     let next = Cell::new(0);
     let time = lab.time(|stream| {
         let layer = next.replace((next.get() + 1) % layers);
         // SAFETY: the step describes what is allocated; the arena is alive.
         unsafe {
-            match kind {
-                Kind::Prefill => attention.prefill(stream, &step, layer, qkv, out),
-                Kind::Decode => attention.decode(stream, &step, &scratch, layer, qkv, out),
+            match (kind, &unpacked) {
+                (Kind::Prefill, Some((kernel, reads, memory, blocks))) => {
+                    kernel.launch(stream, &shape, cache, layer, *blocks, *memory)?;
+                    reads.prefill(stream, &step, 0, qkv, out)
+                }
+                (Kind::Prefill, None) => attention.prefill(stream, &step, layer, qkv, out),
+                (Kind::Decode, _) => attention.decode(stream, &step, &scratch, layer, qkv, out),
             }
         }
     })?;
-    let what = format!("attention {head_dim} ({name}) {count}x({past}+{tokens})");
+    let what = format!("attention {head_dim}{name} {count}x({past}+{tokens})");
     let mut report = lab.report(&what, &[], 0.0);
     report.time = Some(time);
     let (n, past, dim) = (u64::from(tokens), u64::from(past), u64::from(head_dim));
@@ -555,7 +706,10 @@ fn timed(
             let pairs = n * past + n * (n + 1) / 2;
             report.operations = Some(4 * u64::from(count * heads) * pairs * dim);
         }
-        Kind::Decode => report.bytes = Some(4 * u64::from(count * kv_heads) * (past + 1) * dim),
+        Kind::Decode => {
+            let rows = 2 * u64::from(count * kv_heads) * (past + 1);
+            report.bytes = Some(rows * shape.row_bytes() as u64);
+        }
     }
     Ok(report)
 }

@@ -1,10 +1,11 @@
 use half::bf16;
 use spate_model::{Activation, RopePairing};
 
+use super::kv::{self, Row};
 use super::lab::{Lab, Report, distance};
 use crate::CudaError;
 use crate::kernels::{
-    ActMul, AddRmsNorm, CopyBlocks, Embed, KvShape, LAST, NOWHERE, QkNormRopeAppend, Rope,
+    ActMul, AddRmsNorm, CopyBlocks, Embed, KvDtype, KvShape, LAST, NOWHERE, QkNormRopeAppend, Rope,
 };
 
 /// Rounding to bfloat16 leaves 2^-9 at most, and about 0.0017 on average.
@@ -188,7 +189,7 @@ struct RopeCase {
 }
 
 impl RopeCase {
-    fn new(lab: &mut Lab, dim: u32) -> Self {
+    fn new(lab: &mut Lab, dtype: KvDtype, dim: u32) -> Self {
         let kv_heads = 1 + lab.below(4) as u32;
         let rotated = match lab.below(3) {
             0 if dim > 32 => dim / 2 / 16 * 16,
@@ -198,12 +199,13 @@ impl RopeCase {
         Self {
             model: QkNormRopeAppend {
                 heads: kv_heads * (1 + lab.below(8) as u32),
-                shape: KvShape {
-                    blocks: 4 + lab.below(12) as u32,
+                shape: KvShape::new(
+                    dtype,
+                    4 + lab.below(12) as u32,
                     kv_heads,
-                    block_size: lab.pick(&[16, 32, 64]),
-                    head_dim: dim,
-                },
+                    lab.pick(&[16, 32, 64]),
+                    dim,
+                ),
                 pairing,
                 pairs: rotated / 2,
                 eps: 1e-6,
@@ -218,15 +220,22 @@ pub(super) fn rope(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     let kernel = Rope::load(lab.device())?;
     let mut reports = Vec::new();
     for dim in [64, 80, 96, 128, 256] {
-        let mut errors = Vec::new();
-        for _ in 0..CASES {
-            lab.clear()?;
-            let case = RopeCase::new(lab, dim);
-            let with_norms = lab.below(2) == 0;
-            errors.extend(rope_case(lab, &kernel, &case, with_norms)?);
+        for dtype in [KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8] {
+            let (mut queries, mut caches) = (Vec::new(), Vec::new());
+            for _ in 0..CASES {
+                lab.clear()?;
+                let case = RopeCase::new(lab, dtype, dim);
+                let with_norms = lab.below(2) == 0;
+                let [query, cache] = rope_case(lab, &kernel, &case, with_norms)?;
+                queries.push(query);
+                caches.push(cache);
+            }
+            let name = |what| format!("rope, {what} of {dim}, {dtype:?}");
+            // Of codes: what half a step allows.
+            let limit = if dtype == KvDtype::Bf16 { LIMIT } else { 1.0 };
+            reports.push(lab.report(&name("queries"), &queries, LIMIT));
+            reports.push(lab.report(&name("keys, values"), &caches, limit));
         }
-        let name = format!("rope, norm, append, head {dim}");
-        reports.push(lab.report(&name, &errors, LIMIT));
     }
     Ok(reports)
 }
@@ -272,7 +281,12 @@ fn rope_case(
         true => Some((lab.upload(&norms[0])?, lab.upload(&norms[1])?)),
         false => None,
     };
-    let cache = lab.output(layers * shape.layer_len())?;
+    let common = (lab.below(2) == 0).then(|| lab.f32s(kv_heads * dim));
+    let on_common = match &common {
+        Some(common) => Some(lab.upload(common)?),
+        None => None,
+    };
+    let cache = lab.output::<u8>(layers * shape.layer_bytes())?;
     // SAFETY: places are inside the cache and differ; the arena is alive.
     unsafe {
         let stream = &lab.stream;
@@ -283,17 +297,17 @@ fn rope_case(
             layer,
             on_norms,
             rotations.slice,
+            on_common,
             on_places,
             on_qkv.slice,
             cache.slice,
         )?;
     }
-    let (got, cache) = (lab.read(on_qkv)?, lab.read(cache)?);
+    let (got, mut cache) = (lab.read(on_qkv)?, lab.read(cache)?);
     lab.read(rotations)?;
 
     let (mut got_queries, mut want_queries) = (Vec::new(), Vec::new());
-    let (mut got_cache, mut want_cache) = (Vec::new(), Vec::new());
-    let mut touched = 0;
+    let mut worst = 0f64;
     for t in 0..tokens {
         for head in 0..all_heads {
             let at = (t * all_heads + head) * dim;
@@ -306,29 +320,100 @@ fn rope_case(
             if !is_value {
                 let angle = |i: usize| f64::from(positions[t]) * rates[i];
                 rotate(&mut want, model.pairing, pairs, magnitude.into(), angle);
+                if let Some(common) = common.as_ref().filter(|_| head >= heads) {
+                    let common = &common[(head - heads) * dim..][..dim];
+                    want.iter_mut()
+                        .zip(common)
+                        .for_each(|(x, c)| *x -= f64::from(*c));
+                }
+                if shape.is_packed() {
+                    want = in_pieces(&model, &want);
+                }
             }
             if head < heads {
                 got_queries.extend_from_slice(&got[at..at + dim]);
                 want_queries.extend(want);
             } else if places[t] != NOWHERE {
                 let (block, offset) = (places[t] / shape.block_size, places[t] % shape.block_size);
-                let tile = (shape.block_size as usize) * dim;
-                let at = layer * shape.layer_len()
-                    + block as usize * shape.block_len()
-                    + (head - heads) * tile // keys of all heads, then values of all heads
-                    + offset as usize * dim;
-                got_cache.extend_from_slice(&cache[at..at + dim]);
-                want_cache.extend(want);
-                touched += dim;
+                let at = layer * shape.layer_bytes()
+                    + block as usize * shape.block_bytes()
+                    + (head - heads) * shape.tile_bytes(); // keys of all heads, then values of all heads
+                let tile = &mut cache[at..at + shape.tile_bytes()];
+                let error = row_error(&shape, tile, offset as usize, &want);
+                worst = if error <= worst { worst } else { error };
             }
         }
     }
-    let written = cache.iter().filter(|x| x.to_bits() != 0xffff).count();
-    let cache_error = match written == touched {
-        true => distance(&got_cache, &want_cache),
-        false => f64::INFINITY,
+    // What was compared is poison again now.
+    if cache.iter().any(|&byte| byte != 0xff) {
+        worst = f64::INFINITY;
+    }
+    Ok([distance(&got_queries, &want_queries), worst])
+}
+
+/// A query or key as it is beside a cache of codes: in the order of threads, and of integers rotated.
+fn in_pieces(model: &QkNormRopeAppend, x: &[f64]) -> Vec<f64> {
+    let (dim, pairs) = (x.len(), model.pairs as usize);
+    let mut out = Vec::with_capacity(dim);
+    for piece in 0..dim / 16 {
+        let apart = model.pairing == RopePairing::Halves && piece < 2 * pairs / 16;
+        let [a, b] = match apart {
+            true => [8 * piece, 8 * piece + pairs],
+            false => [16 * piece, 16 * piece + 8],
+        };
+        let piece: Vec<f64> = [&x[a..a + 8], &x[b..b + 8]].concat();
+        match model.shape.dtype() {
+            KvDtype::Int8 => out.extend((0..16usize).map(|i| {
+                // An entry of the Walsh-Hadamard matrix is -1 to the number of ones in both indices.
+                let signed = |(j, x): (usize, &f64)| match (i & j).count_ones() % 2 {
+                    0 => *x,
+                    _ => -x,
+                };
+                piece.iter().enumerate().map(signed).sum::<f64>() / 4.0
+            })),
+            _ => out.extend(piece),
+        }
+    }
+    out
+}
+
+/// How far a row of a tile is from what it should be; of codes, as a share of what is allowed. Poisons it.
+fn row_error(shape: &KvShape, tile: &mut [u8], offset: usize, want: &[f64]) -> f64 {
+    if !shape.is_packed() {
+        let row = &mut tile[offset * shape.row_bytes()..][..shape.row_bytes()];
+        let (pairs, _) = row.as_chunks::<2>();
+        let got: Vec<bf16> = pairs
+            .iter()
+            .map(|pair| bf16::from_le_bytes(*pair))
+            .collect();
+        row.fill(0xff);
+        return distance(&got, want);
+    }
+    let dtype = shape.dtype();
+    let row = Row::read(shape, tile, offset);
+    let poison = Row {
+        codes: vec![0xff; want.len()],
+        scales: vec![bf16::from_bits(0xffff); shape.scales()],
     };
-    Ok([distance(&got_queries, &want_queries), cache_error])
+    poison.write(shape, tile, offset);
+    let mut worst = 0f64;
+    let group = want.len() / shape.scales();
+    for (i, (got, want_here)) in row.values(dtype).iter().zip(want).enumerate() {
+        let largest = want[i / group * group..][..group].iter();
+        let largest = largest.fold(0f64, |largest, x| largest.max(x.abs()));
+        // The scale is the smallest possible, rounded up to bfloat16.
+        let (scale, least) = (row.scale(i), largest / kv::limit(dtype));
+        if !(0.9999 * least..=1.0079 * least).contains(&scale) {
+            return f64::INFINITY;
+        }
+        let half_a_step = match dtype {
+            KvDtype::Fp8 => (want_here.abs() / 16.0).max(scale / 1024.0),
+            _ => scale / 2.0,
+        };
+        let error = (got - want_here).abs() / (1.001 * half_a_step + 1e-5 * largest);
+        worst = if error <= worst { worst } else { error };
+    }
+    worst
 }
 
 fn rotate(
@@ -354,14 +439,16 @@ pub(super) fn copy_blocks(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     let mut errors = Vec::new();
     for _ in 0..CASES {
         lab.clear()?;
-        let shape = KvShape {
-            blocks: 2 + lab.below(30) as u32,
-            kv_heads: 1 + lab.below(8) as u32,
-            block_size: 16,
-            head_dim: lab.pick(&[64, 80, 128]),
-        };
+        let shape = KvShape::new(
+            lab.pick(&[KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8]),
+            2 + lab.below(30) as u32,
+            1 + lab.below(8) as u32,
+            16,
+            lab.pick(&[64, 80, 128]),
+        );
         let layers = 1 + lab.below(4);
-        let mut want = lab.bf16s(layers * shape.layer_len());
+        let len = layers * shape.layer_bytes();
+        let mut want: Vec<u8> = (0..len).map(|_| lab.random() as u8).collect();
         let cache = lab.output(want.len())?;
         lab.write(&want, cache.slice)?;
         let half = shape.blocks / 2;
@@ -373,8 +460,8 @@ pub(super) fn copy_blocks(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         let on_pairs = lab.upload(&pairs.concat())?;
         // SAFETY: the blocks are inside the cache, none is read and written; the arena is alive.
         unsafe { kernel.launch(&lab.stream, &shape, on_pairs, cache.slice)? };
-        let len = shape.block_len();
-        for layer in want.chunks_exact_mut(shape.layer_len()) {
+        let len = shape.block_bytes();
+        for layer in want.chunks_exact_mut(shape.layer_bytes()) {
             for &[from, to] in &pairs {
                 let from = from as usize * len;
                 layer.copy_within(from..from + len, to as usize * len);

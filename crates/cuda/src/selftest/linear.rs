@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::lab::{Lab, Report};
 use crate::driver::{Priority, Slice, Stream};
-use crate::kernels::{GemmHopper, GemmPortable, Output, Product};
+use crate::kernels::{GemmHopper, GemmPortable, Output, Path, Product};
 use crate::{CudaError, Linear};
 
 /// Rounding of the result to bfloat16, and float32 sums of thousands of products.
@@ -20,7 +20,7 @@ type Launch<'a> = &'a dyn Fn(&Stream, &Product) -> Result<(), CudaError>;
 
 pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     let portable = GemmPortable::load(lab.device())?;
-    let linear = Linear::load(lab.device())?;
+    let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
     // SAFETY: all callers keep the arena; weights are uploaded and waited for beforehand.
     let any = |stream: &Stream, product: &Product| unsafe { portable.launch(stream, product) };
     // SAFETY: as above.
@@ -32,6 +32,36 @@ pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         reports.push(invariance(lab, "linear (wgmma)", &best, &any)?);
     }
     Ok(reports)
+}
+
+/// What the sanitizer, which runs a thousand times slower, gets through: every kernel once or twice.
+pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let portable = GemmPortable::load(lab.device())?;
+    let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
+    let mut errors = Vec::new();
+    for tokens in [3, 13, 30, 60, 130, 257, 300] {
+        for outputs in [72, 200, 264] {
+            lab.clear()?;
+            let case = Case::new(lab, tokens, outputs, 200)?;
+            for path in [Path::Portable, Path::best(lab.device())] {
+                let out = lab.output::<bf16>(case.out_len())?;
+                let product = Product {
+                    out: Output::Bf16(out.slice),
+                    ..case.product
+                };
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe {
+                    match path {
+                        Path::Portable => portable.launch(&lab.stream, &product)?,
+                        Path::Hopper => linear.launch(&lab.stream, &product)?,
+                    }
+                }
+                let got: Vec<f64> = lab.read(out)?.iter().map(|x| x.to_f64()).collect();
+                errors.push(case.error(lab, &got));
+            }
+        }
+    }
+    Ok(vec![lab.report("small products", &errors, LIMIT_BF16)])
 }
 
 /// A product with everything that it needs.
@@ -59,6 +89,7 @@ impl Case {
                 fresh_weights: false,
                 bias: on_bias,
                 out: Output::F32(Slice::null()),
+                stride: outputs,
             },
             x,
             weights,
@@ -75,7 +106,25 @@ impl Case {
         };
         let outputs = 8 * (1 + lab.below(200));
         let inputs = 8 * (1 + lab.below([20, 200][case % 2]));
-        Self::new(lab, tokens, outputs, inputs)
+        let mut case = Self::new(lab, tokens, outputs, inputs)?;
+        case.product.stride += 8 * lab.below(3);
+        Ok(case)
+    }
+
+    /// Elements of the output, which ends with the last token's.
+    fn out_len(&self) -> usize {
+        (self.product.tokens - 1) * self.product.stride + self.product.outputs
+    }
+
+    /// The outputs alone; nothing if anything between them is no longer poison.
+    fn outputs<T: Copy>(&self, out: &[T], poison: impl Fn(T) -> bool) -> Vec<T> {
+        let width = self.product.outputs;
+        let rows = || out.chunks(self.product.stride);
+        let mut gaps = rows().flat_map(|row| &row[width..]);
+        match gaps.all(|x| poison(*x)) {
+            true => rows().flat_map(|row| &row[..width]).copied().collect(),
+            false => Vec::new(),
+        }
     }
 
     fn want(&self, token: usize, output: usize) -> f64 {
@@ -90,9 +139,9 @@ impl Case {
         products.sum::<f64>() + bias
     }
 
-    /// Distance at random places; infinite if anything else is not a number.
+    /// Distance at random places; infinite if there is nothing or anything else is not a number.
     fn error(&self, lab: &mut Lab, got: &[f64]) -> f64 {
-        if got.iter().any(|x| !x.is_finite()) {
+        if got.is_empty() || got.iter().any(|x| !x.is_finite()) {
             return f64::INFINITY;
         }
         let (mut apart, mut size) = (0.0, 0.0);
@@ -114,15 +163,15 @@ fn accuracy(lab: &mut Lab, name: &str, launch: Launch) -> Result<Vec<Report>, Cu
     for case in 0..CASES {
         lab.clear()?;
         let case = Case::random(lab, case)?;
-        let len = case.product.tokens * case.product.outputs;
-
+        let len = case.out_len();
         let out = lab.output::<bf16>(len)?;
         let product = Product {
             out: Output::Bf16(out.slice),
             ..case.product
         };
         launch(&lab.stream, &product)?;
-        let got: Vec<f64> = lab.read(out)?.iter().map(|x| x.to_f64()).collect();
+        let got = case.outputs(&lab.read(out)?, |x| x.to_bits() == u16::MAX);
+        let got: Vec<f64> = got.iter().map(|x| x.to_f64()).collect();
         errors_bf16.push(case.error(lab, &got));
 
         let out = lab.output::<f32>(len)?;
@@ -131,7 +180,8 @@ fn accuracy(lab: &mut Lab, name: &str, launch: Launch) -> Result<Vec<Report>, Cu
             ..case.product
         };
         launch(&lab.stream, &product)?;
-        let got: Vec<f64> = lab.read(out)?.iter().map(|&x| x.into()).collect();
+        let got = case.outputs(&lab.read(out)?, |x| x.to_bits() == u32::MAX);
+        let got: Vec<f64> = got.iter().map(|&x| x.into()).collect();
         errors_f32.push(case.error(lab, &got));
     }
     Ok(vec![
@@ -190,7 +240,7 @@ pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         ("lm_head", 128_256, 4096),
     ];
     const TOKENS: [usize; 7] = [1, 16, 64, 256, 512, 2048, 4096];
-    let linear = Linear::load(lab.device())?;
+    let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
     let mut reports = Vec::new();
     for (name, outputs, inputs) in SHAPES {
         lab.clear()?;
@@ -214,6 +264,7 @@ pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
                     fresh_weights: false,
                     bias: None,
                     out: Output::Bf16(out),
+                    stride: outputs,
                 };
                 // SAFETY: the arena is alive; the weights were waited for.
                 unsafe { linear.launch(stream, &product) }

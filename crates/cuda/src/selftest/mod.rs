@@ -6,12 +6,15 @@
 
 mod attention;
 mod elementwise;
+mod kv;
 mod lab;
 mod linear;
 mod packed;
+mod rates;
 mod sampling;
 
 pub use lab::Report;
+pub use rates::{Rates, rates};
 
 use crate::CudaError;
 use crate::driver::Device;
@@ -26,17 +29,34 @@ const CHECKS: &[(&str, Check)] = &[
     ("act_mul", elementwise::act_mul),
     ("linear", linear::linear),
     ("packed", packed::packed),
-    ("attention", attention::attention),
-    ("throughput: matrices", linear::throughput),
-    ("throughput: quantised", packed::throughput),
-    ("throughput: heads", attention::throughput),
+    ("small products", linear::small),
+    ("small packed products", packed::small),
+    ("attention 64", attention::attention::<64>),
+    ("attention 96", attention::attention::<96>),
+    ("attention 128", attention::attention::<128>),
+    ("attention 256", attention::attention::<256>),
+    ("speed: matrices", linear::throughput),
+    ("speed: quantised", packed::throughput),
+    ("speed: heads", attention::throughput),
+    ("speed: heads, 8-bit KV", attention::packed_throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
     ("sample small vocabularies", sampling::small),
     ("sample large vocabularies", sampling::large),
-    ("speed of the sampler", sampling::speed),
+    ("speed: sampler", sampling::speed),
 ];
+
+/// What the names of checks begin with that only take the time of kernels.
+const SPEED: &str = "speed: ";
+
+/// Compares every kernel with arithmetic on the CPU, without those checks that only take times.
+///
+/// # Errors
+/// As [`run`].
+pub fn compare(device: &Device, seed: u64, out: &mut dyn FnMut(&Report)) -> Result<(), CudaError> {
+    run_those(device, |name| !name.starts_with(SPEED), seed, out)
+}
 
 /// Runs the checks whose name contains `filter`; calls `out` for each report.
 ///
@@ -48,10 +68,16 @@ pub fn run(
     seed: u64,
     out: &mut dyn FnMut(&Report),
 ) -> Result<(), CudaError> {
-    for (name, check) in CHECKS {
-        if !name.contains(filter) {
-            continue;
-        }
+    run_those(device, |name| name.contains(filter), seed, out)
+}
+
+fn run_those(
+    device: &Device,
+    wanted: impl Fn(&str) -> bool,
+    seed: u64,
+    out: &mut dyn FnMut(&Report),
+) -> Result<(), CudaError> {
+    for (_, check) in CHECKS.iter().filter(|(name, _)| wanted(name)) {
         let mut lab = Lab::new(device, seed)?;
         for report in check(&mut lab)? {
             out(&report);

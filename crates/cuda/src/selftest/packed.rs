@@ -5,17 +5,19 @@ use spate_model::GgmlType;
 use spate_model::quant::dequantize;
 
 use super::lab::{Lab, Report, distance};
-use crate::driver::Slice;
-use crate::kernels::{Form, GemmHopper, Output, Packed, Product};
-use crate::{CudaError, Linear};
+use crate::driver::{Slice, Stream};
+use crate::kernels::{Form, LAST, Output, Pack, Path, Product};
+use crate::{CudaError, Linear, PackedPart};
 
 /// Rounding of weights to bfloat16.
 const LIMIT: f64 = 3e-3;
 
 const CASES: usize = 6;
 
-/// Formats, and where a block of each has its half-precision numbers.
-const FORMATS: [(GgmlType, &[usize]); 8] = [
+/// A format, and where a block of it has its half-precision numbers.
+type Format = (GgmlType, &'static [usize]);
+
+const FORMATS: [Format; 8] = [
     (GgmlType::Q4_0, &[0]),
     (GgmlType::Q4_1, &[0, 2]),
     (GgmlType::Q4K, &[0, 2]),
@@ -26,91 +28,187 @@ const FORMATS: [(GgmlType, &[usize]); 8] = [
     (GgmlType::Q8_0, &[0]),
 ];
 
+/// The kernels of this GPU, best first, and what they are called.
+fn paths(lab: &Lab) -> Result<Vec<(&'static str, Linear)>, CudaError> {
+    let device = lab.device();
+    let mut paths = vec![("mma.sync", Linear::load(device, Path::Portable)?)];
+    if Path::best(device) == Path::Hopper {
+        paths.insert(0, ("wgmma", Linear::load(device, Path::Hopper)?));
+    }
+    Ok(paths)
+}
+
 pub(super) fn packed(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    let linear = Linear::load(lab.device())?;
+    let (paths, pack) = (paths(lab)?, Pack::load(lab.device())?);
     let mut reports = Vec::new();
-    for (ty, halves) in FORMATS {
-        let form = Form::of(ty).expect("it is in the table of forms");
-        let (mut unpacked, mut products, mut differ) = (Vec::new(), Vec::new(), Vec::new());
+    for format in FORMATS {
+        let (mut unpacked, mut embedded) = (Vec::new(), Vec::new());
+        let (mut products, mut differ) = (Vec::new(), Vec::new());
         for _ in 0..CASES {
             lab.clear()?;
-            let rows = 8 * (1 + lab.below(40));
-            let cols = ty.block_elems().max(32)
-                * (1 + lab.below(if ty.block_elems() > 32 { 5 } else { 40 }));
-            let (case, matrix) = Case::new(lab, &linear, ty, halves, rows, cols)?;
-            let (want, got) = (case.weights.clone(), lab.read(matrix)?);
-            unpacked.push(distance(&got, &want));
-            let (error, share) = case.product(lab, &linear, form, &got)?;
-            products.push(error);
-            differ.push(share);
+            let case = Case::random(lab, &pack, format)?;
+            let table = case.unpack(lab, &paths[0].1)?;
+            unpacked.push(distance(&table, &case.weights));
+            embedded.push(case.embed(lab, &paths[0].1, &table)?);
+            case.products(lab, &paths, &table, &mut products, &mut differ)?;
         }
+        let ty = format.0;
         reports.push(lab.report(&format!("packed {ty}, unpacked"), &unpacked, LIMIT));
+        reports.push(lab.report(&format!("packed {ty}, embedding"), &embedded, 0.0));
         reports.push(lab.report(&format!("packed {ty}, product"), &products, 1e-4));
-        if GemmHopper::fits(lab.device()) {
-            reports.push(lab.report(&format!("packed {ty}, same bits"), &differ, 0.0));
-        }
+        reports.push(lab.report(&format!("packed {ty}, same bits"), &differ, 0.0));
     }
     Ok(reports)
 }
 
+/// What the sanitizer, which runs a thousand times slower, gets through: every kernel for one form.
+pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    let (paths, pack) = (paths(lab)?, Pack::load(lab.device())?);
+    let mut case = Case {
+        rows: 0,
+        cols: 288,
+        weights: Vec::new(),
+        parts: Vec::new(),
+    };
+    for (format, rows) in [(FORMATS[1], 128), (FORMATS[7], 72)] {
+        case.add(lab, &pack, format, rows)?;
+    }
+    let table = case.unpack(lab, &paths[0].1)?;
+    let wrong = case.embed(lab, &paths[0].1, &table)?;
+    let (mut products, mut differ) = (Vec::new(), vec![wrong]);
+    case.products(lab, &paths, &table, &mut products, &mut differ)?;
+    Ok(vec![
+        lab.report("small packed products", &products, 1e-4),
+        lab.report("small packed products, same bits", &differ, 0.0),
+    ])
+}
+
+/// A matrix whose rows are of one format or of two.
 struct Case {
     rows: usize,
     cols: usize,
-    /// As the file's format defines them.
+    /// As the files' formats define them.
     weights: Vec<f64>,
-    packed: Slice<u8>,
-    scratch: Slice<bf16>,
+    parts: Vec<PackedPart>,
 }
 
 impl Case {
-    /// A random matrix, packed and unpacked again.
-    fn new(
-        lab: &mut Lab,
-        linear: &Linear,
-        ty: GgmlType,
-        halves: &[usize],
-        rows: usize,
-        cols: usize,
-    ) -> Result<(Self, super::lab::Output<bf16>), CudaError> {
-        let raw = random_blocks(lab, ty, halves, rows * cols / ty.block_elems());
-        let mut weights = vec![0f32; rows * cols];
-        dequantize(ty, &raw, &mut weights).expect("whole blocks");
-        let form = Form::of(ty).expect("it is in the table of forms");
-        let on_raw = lab.upload(&raw)?;
-        let records = lab.output::<u8>(form.bytes(rows, cols))?;
-        let matrix = lab.output::<bf16>(rows * cols)?;
-        let (shape, kernels) = ([rows, cols], linear.packed());
-        // SAFETY: the arena is alive.
-        unsafe {
-            kernels.pack(&lab.stream, ty, on_raw, shape, records.slice)?;
-            kernels.unpack(&lab.stream, form, records.slice, shape, matrix.slice)?;
+    fn random(lab: &mut Lab, pack: &Pack, format: Format) -> Result<Self, CudaError> {
+        let mut formats = vec![format];
+        if lab.below(2) == 0 {
+            formats.push(lab.pick(&FORMATS));
         }
-        lab.read(records)?;
-        let case = Self {
-            rows,
+        let block = formats.iter().map(|(ty, _)| ty.block_elems()).max();
+        let block = block.expect("there is one");
+        let cols = block * (1 + lab.below(if block > 32 { 5 } else { 40 }));
+        let mut case = Self {
+            rows: 0,
             cols,
-            weights: weights.into_iter().map(f64::from).collect(),
-            packed: records.slice,
-            scratch: matrix.slice,
+            weights: Vec::new(),
+            parts: Vec::new(),
         };
-        Ok((case, matrix))
+        for (i, format) in formats.iter().enumerate() {
+            // Only what comes last may end within a piece.
+            let rows = match i + 1 == formats.len() {
+                true => 8 * (1 + lab.below(40)),
+                false => Form::ROWS * (1 + lab.below(4)),
+            };
+            case.add(lab, pack, *format, rows)?;
+        }
+        Ok(case)
     }
 
-    /// Error of the product against the weights as they were unpacked, and the share of outputs whose
-    /// bits depend on whether they are.
-    fn product(
+    fn add(
+        &mut self,
+        lab: &mut Lab,
+        pack: &Pack,
+        (ty, halves): Format,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let form = Form::of(ty).expect("it is in the table of forms");
+        let raw = random_blocks(lab, ty, halves, rows * self.cols / ty.block_elems());
+        let mut weights = vec![0f32; rows * self.cols];
+        dequantize(ty, &raw, &mut weights).expect("whole blocks");
+        self.weights.extend(weights.into_iter().map(f64::from));
+        let on_raw = lab.upload(&raw)?;
+        let records = lab.output::<u8>(form.bytes(rows, self.cols))?;
+        let data = records.slice;
+        // SAFETY: the arena is alive.
+        unsafe { pack.pack(&lab.stream, ty, on_raw, [rows, self.cols], data)? };
+        lab.read(records)?;
+        self.parts.push(PackedPart { form, rows, data });
+        self.rows += rows;
+        Ok(())
+    }
+
+    /// The whole matrix in bfloat16.
+    fn unpack(&self, lab: &mut Lab, linear: &Linear) -> Result<Vec<bf16>, CudaError> {
+        let mut all = Vec::new();
+        for part in &self.parts {
+            let out = lab.output::<bf16>(part.rows * self.cols)?;
+            let (packed, rows) = (linear.packed(), 0..part.rows);
+            // SAFETY: the arena is alive.
+            unsafe { packed.unpack(&lab.stream, part, rows, self.cols, out.slice)? };
+            all.extend(lab.read(out)?);
+        }
+        Ok(all)
+    }
+
+    /// Share of wrong elements of embeddings from the first part.
+    fn embed(&self, lab: &mut Lab, linear: &Linear, table: &[bf16]) -> Result<f64, CudaError> {
+        const SLOT: u32 = 1;
+        let (part, cols) = (&self.parts[0], self.cols);
+        let (last, scale) = (
+            [-1, lab.below(part.rows) as i32],
+            1.0 + lab.uniform() as f32,
+        );
+        let ids: Vec<u32> = (0..5).map(|_| lab.below(part.rows) as u32).collect();
+        let mut tokens = ids.clone();
+        tokens.extend([LAST, LAST | SLOT]);
+        let found = [&ids[..], &[0, last[1] as u32]].concat();
+        let (on_tokens, on_last) = (lab.upload(&tokens)?, lab.upload(&last)?);
+        let out = lab.output::<bf16>(tokens.len() * cols)?;
+        // SAFETY: the arena is alive.
+        unsafe {
+            let packed = linear.packed();
+            packed.embed(
+                &lab.stream,
+                on_tokens,
+                on_last,
+                part,
+                scale,
+                cols,
+                out.slice,
+            )?;
+        }
+        let rows = found
+            .iter()
+            .flat_map(|&id| &table[id as usize * cols..][..cols]);
+        let want = rows.map(|x| bf16::from_f32(x.to_f32() * scale));
+        let got = lab.read(out)?;
+        let wrong = got.iter().zip(want).filter(|(got, want)| *got != want);
+        Ok(wrong.count() as f64 / got.len() as f64)
+    }
+
+    /// Errors of products against the matrix as it was unpacked, and shares of outputs whose bits depend
+    /// on the number of tokens, on the kernel, or on whether weights are unpacked first.
+    fn products(
         &self,
         lab: &mut Lab,
-        linear: &Linear,
-        form: Form,
-        unpacked: &[bf16],
-    ) -> Result<(f64, f64), CudaError> {
-        const MANY: usize = 80;
-        let tokens = 1 + lab.below(Packed::MAX_TOKENS);
-        let (x, bias) = (lab.bf16s(MANY * self.cols), lab.f32s(self.rows));
+        paths: &[(&'static str, Linear)],
+        table: &[bf16],
+        errors: &mut Vec<f64>,
+        differ: &mut Vec<f64>,
+    ) -> Result<(), CudaError> {
+        const MOST: usize = 300;
+        let stride = self.rows + 8 * lab.below(3);
+        let (x, bias) = (lab.bf16s(MOST * self.cols), lab.f32s(self.rows));
         let (on_x, on_bias) = (lab.upload(&x)?, lab.upload(&bias)?);
-        let mut run = |tokens: usize| {
-            let out = lab.output::<f32>(tokens * self.rows)?;
+        let scratch = Linear::scratch_len(self.rows, self.cols);
+        let scratch = lab.output::<bf16>(scratch)?;
+        let mut run = |linear: &Linear, tokens: usize, unpack: bool| {
+            let len = (tokens - 1) * stride + self.rows;
+            let out = lab.output::<f32>(len)?;
             let product = Product {
                 tokens,
                 outputs: self.rows,
@@ -120,32 +218,57 @@ impl Case {
                 fresh_weights: false,
                 bias: Some(on_bias),
                 out: Output::F32(out.slice),
+                stride,
             };
             // SAFETY: the arena is alive; the weights were waited for.
             unsafe {
-                linear.launch_packed(&lab.stream, form, self.packed, &product, self.scratch)?
-            };
-            lab.read(out)
+                let (stream, parts) = (&lab.stream, &self.parts[..]);
+                match unpack {
+                    true => linear.unpack_and_multiply(stream, parts, &product, scratch.slice)?,
+                    false => linear.multiply(stream, parts, &product)?,
+                }
+            }
+            let got = lab.read(out)?;
+            // What lies between the rows stays as it was.
+            let gaps = got.chunks(stride).filter_map(|row| row.get(self.rows..));
+            let written = gaps.flatten().any(|x| x.to_bits() != u32::MAX);
+            let rows = got.chunks(stride).flat_map(|row| &row[..self.rows]);
+            Ok::<_, CudaError>((rows.copied().collect::<Vec<f32>>(), written))
         };
-        let (few, many) = (run(tokens)?, run(MANY)?);
-        let pairs = few.iter().zip(&many);
-        let differ = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+        let (all, _) = run(&paths[0].1, MOST, true)?;
+        errors.push(self.error(&all, &x, &bias, table));
+        let some = 1 + (all[0].to_bits() % 64) as usize;
+        for tokens in [1, 8, 9, 16, some, 64, 65, 128, 200, 256, MOST] {
+            for (_, linear) in paths {
+                for unpack in [false, true] {
+                    let (got, written) = run(linear, tokens, unpack)?;
+                    let pairs = got.iter().zip(&all);
+                    let wrong = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                    differ.push(match written {
+                        true => f64::INFINITY,
+                        false => wrong as f64 / got.len() as f64,
+                    });
+                }
+            }
+        }
+        lab.read(scratch)?;
+        Ok(())
+    }
 
+    fn error(&self, got: &[f32], x: &[bf16], bias: &[f32], table: &[bf16]) -> f64 {
         let (mut apart, mut size) = (0.0, 0.0);
-        for (i, got) in few.iter().enumerate() {
+        // A sample: all would take the CPU too long.
+        for (i, got) in got.iter().enumerate().step_by(7) {
             let (token, output) = (i / self.rows, i % self.rows);
             let row = &x[token * self.cols..][..self.cols];
-            let weights = &unpacked[output * self.cols..][..self.cols];
-            let products = row
-                .iter()
-                .zip(weights)
-                .map(|(x, w)| x.to_f64() * w.to_f64());
-            let want = products.sum::<f64>() + f64::from(bias[output]);
+            let weights = &table[output * self.cols..][..self.cols];
+            let products = row.iter().zip(weights);
+            let sum: f64 = products.map(|(x, w)| x.to_f64() * w.to_f64()).sum();
+            let want = sum + f64::from(bias[output]);
             apart += (f64::from(*got) - want).powi(2);
             size += want * want;
         }
-        let share = differ as f64 / few.len() as f64;
-        Ok(((apart / size.max(f64::MIN_POSITIVE)).sqrt(), share))
+        (apart / size.max(f64::MIN_POSITIVE)).sqrt()
     }
 }
 
@@ -165,59 +288,92 @@ fn random_blocks(lab: &mut Lab, ty: GgmlType, halves: &[usize], blocks: usize) -
 }
 
 pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    let linear = Linear::load(lab.device())?;
+    let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
     let mut reports = Vec::new();
-    for form in [
-        Form::Four,
-        Form::FourMin,
-        Form::Five,
-        Form::Six,
-        Form::Eight,
+    for (form, shapes) in [
+        (Form::Four, &SHAPES[..1]),
+        (Form::FourMin, &SHAPES[..]),
+        (Form::Five, &SHAPES[..1]),
+        (Form::Six, &SHAPES[..]),
+        (Form::Eight, &SHAPES[..1]),
     ] {
-        reports.extend(times(lab, &linear, form)?);
+        for shape in shapes {
+            reports.extend(times(lab, &linear, form, shape)?);
+        }
     }
     Ok(reports)
 }
 
-/// Speed on the widest product of an 8B model, every run with other weights.
-fn times(lab: &mut Lab, linear: &Linear, form: Form) -> Result<Vec<Report>, CudaError> {
-    const COPIES: usize = 6;
+/// Products of an 8B model: outputs, inputs.
+const SHAPES: [(&str, usize, usize); 3] = [
+    ("gate_up", 28672, 4096),
+    ("o", 4096, 4096),
+    ("down", 4096, 14336),
+];
+
+/// Speed of both ways, every run with other weights.
+fn times(
+    lab: &mut Lab,
+    linear: &Linear,
+    form: Form,
+    &(name, outputs, inputs): &(&str, usize, usize),
+) -> Result<Vec<Report>, CudaError> {
+    const COLD: usize = 400 << 20;
     const PIECE: usize = 1 << 22;
-    let [outputs, inputs] = [28672, 4096];
+    const TOKENS: [usize; 9] = [1, 8, 16, 32, 64, 128, 256, 512, 1024];
     lab.clear()?;
     let len = form.bytes(outputs, inputs);
-    let all = lab.output::<u8>(COPIES * len)?.slice;
+    let copies = COLD / len + 1;
+    let all = lab.output::<u8>(copies * len)?.slice;
     let piece: Vec<u8> = (0..PIECE).map(|_| (lab.random() & 0x3b) as u8).collect();
     for start in (0..all.len()).step_by(PIECE) {
         let part = all.range(start..(start + PIECE).min(all.len()));
         lab.write(&piece[..part.len()], part)?;
     }
-    let x = lab.bf16s(Packed::MAX_TOKENS * inputs);
+    let most = TOKENS[TOKENS.len() - 1];
+    let x = lab.bf16s(most * inputs);
     let x = lab.upload(&x)?;
-    let out = lab.output::<bf16>(Packed::MAX_TOKENS * outputs)?.slice;
+    let out = lab.output::<bf16>(most * outputs)?.slice;
+    let scratch = Linear::scratch_len(outputs, inputs);
+    let scratch = lab.output::<bf16>(scratch)?.slice;
     let mut reports = Vec::new();
-    for tokens in [1, 16, 64] {
-        let next = Cell::new(0);
-        let time = lab.time(|stream| {
-            let at = next.replace((next.get() + 1) % COPIES) * len;
-            let product = Product {
-                tokens,
-                outputs,
-                inputs,
-                x,
-                weights: Slice::null(),
-                fresh_weights: false,
-                bias: None,
-                out: Output::Bf16(out),
-            };
-            let packed = all.range(at..at + len);
-            // SAFETY: the arena is alive; the weights were waited for.
-            unsafe { linear.packed().multiply(stream, form, packed, &product) }
-        })?;
-        let mut report = lab.report(&format!("packed {form:?} gate_up x {tokens}"), &[], 0.0);
-        report.time = Some(time);
-        report.bytes = Some(len as u64);
-        reports.push(report);
+    for tokens in TOKENS {
+        for unpack in [false, true] {
+            let next = Cell::new(0);
+            let time = lab.time(|stream: &Stream| {
+                let at = next.replace((next.get() + 1) % copies) * len;
+                let product = Product {
+                    tokens,
+                    outputs,
+                    inputs,
+                    x,
+                    weights: Slice::null(),
+                    fresh_weights: false,
+                    bias: None,
+                    out: Output::Bf16(out),
+                    stride: outputs,
+                };
+                let part = PackedPart {
+                    form,
+                    rows: outputs,
+                    data: all.range(at..at + len),
+                };
+                // SAFETY: the arena is alive; the weights were waited for.
+                unsafe {
+                    match unpack {
+                        true => linear.unpack_and_multiply(stream, &[part], &product, scratch),
+                        false => linear.multiply(stream, &[part], &product),
+                    }
+                }
+            })?;
+            let way = if unpack { ", unpacked" } else { "" };
+            let name = format!("packed {form:?} {name} x {tokens}{way}");
+            let mut report = lab.report(&name, &[], 0.0);
+            report.time = Some(time);
+            report.bytes = Some(len as u64);
+            report.operations = Some(2 * (tokens * outputs * inputs) as u64);
+            reports.push(report);
+        }
     }
     Ok(reports)
 }

@@ -153,7 +153,6 @@ impl Case {
         let masks: Vec<u32> = (0..n * words)
             .map(|_| lab.random() as u32 | lab.random() as u32)
             .collect();
-        let masked = lab.below(3) == 0;
         let mut wants: Vec<Want> = (0..n)
             .map(|i| Want {
                 slot: i as u32,
@@ -161,6 +160,7 @@ impl Case {
                 position: lab.below(1 << 20) as u32,
                 target: lab.pick(&[NONE, (i * 7 % vocab) as u32]),
                 sample: u32::from(lab.below(5) > 0),
+                mask: lab.pick(&[NONE, NONE, (n - 1 - i) as u32]),
             })
             .collect();
         let mut failed = vec![0u32; n];
@@ -173,13 +173,12 @@ impl Case {
         let on_logits = lab.output(logits.len())?;
         lab.write(&logits, on_logits.slice)?;
         let (chosen, tops) = (lab.output(2 * n)?, lab.output(2 * n * MAX_TOP)?);
-        let on_masks = lab.upload(&masks)?;
         let tile = SampleTile {
             logits: on_logits.slice,
             stride,
             vocab,
             wants: lab.upload(&wants)?,
-            masks: if masked { on_masks } else { Slice::null() },
+            masks: lab.upload(&masks)?,
             failed: lab.upload(&failed)?,
             chosen: chosen.slice,
             tops: tops.slice,
@@ -216,7 +215,8 @@ impl Case {
                 choices.push(wrong(sampled.chosen.token != -1));
                 continue;
             }
-            let mask = masked.then(|| &masks[i * words..][..words]);
+            let mask = wants[i].mask;
+            let mask = (mask != NONE).then(|| &masks[mask as usize * words..][..words]);
             let modified = slot.modify(row, mask);
             let token = sampled.chosen.token;
             let right = (0..vocab as i32).contains(&token)
@@ -485,6 +485,7 @@ fn time_one(
             position: i,
             target: NONE,
             sample: 1,
+            mask: NONE,
         })
         .collect();
     let memory = SlotMemory {

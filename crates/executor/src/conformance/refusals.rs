@@ -53,6 +53,14 @@ impl Rig {
                 },
             ),
             (
+                "a mask without a sample",
+                Row {
+                    sample: false,
+                    masked: true,
+                    ..row.clone()
+                },
+            ),
+            (
                 "no input",
                 Row {
                     input: Input::Tokens(Vec::new()),

@@ -28,7 +28,8 @@ impl Model {
         History(mix(history.0.wrapping_add(digest)))
     }
 
-    /// Chooses the token at `position`, the `nth` (from 0) output token of its sequence.
+    /// Chooses the token at `position`, the `nth` (from 0) output token of its sequence, among those that
+    /// `mask` allows.
     pub(super) fn sample(
         &self,
         history: History,
@@ -36,9 +37,11 @@ impl Model {
         seed: u64,
         position: u32,
         nth: u32,
+        mask: Option<&[u32]>,
     ) -> SampledToken {
         let banned = |token: TokenId| {
-            (nth < sampling.min_tokens && sampling.min_tokens_banned.contains(&token))
+            mask.is_some_and(|mask| mask[token as usize / 32] >> (token % 32) & 1 == 0)
+                || (nth < sampling.min_tokens && sampling.min_tokens_banned.contains(&token))
                 || sampling
                     .logit_bias
                     .iter()

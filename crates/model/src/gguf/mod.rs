@@ -114,8 +114,8 @@ impl Checkpoint for Gguf {
         &self.tensors
     }
 
-    fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
-        self.files[tensor.file].read(tensor, out)
+    fn read_at(&self, tensor: &TensorInfo, start: usize, out: &mut [u8]) -> Result<(), ModelError> {
+        self.files[tensor.file].read_at(tensor, start, out)
     }
 }
 

@@ -202,16 +202,19 @@ impl Checkpoint for HfModel {
         &self.tensors
     }
 
-    fn read(&self, tensor: &TensorInfo, out: &mut Vec<u8>) -> Result<(), ModelError> {
+    fn read_at(&self, tensor: &TensorInfo, start: usize, out: &mut [u8]) -> Result<(), ModelError> {
         let Some(stored) = self.minus_one.get(&tensor.name) else {
-            return self.files[tensor.file].read(tensor, out);
+            return self.files[tensor.file].read_at(tensor, start, out);
         };
-        let mut bytes = Vec::new();
-        self.files[stored.file].read(stored, &mut bytes)?;
+        let mut bytes = vec![0; stored.bytes];
+        self.files[stored.file].read_at(stored, 0, &mut bytes)?;
         let mut values = vec![0.0; tensor.bytes / size_of::<f32>()];
         dequantize(stored.ggml_type, &bytes, &mut values)
             .expect("as many elements as the header says");
-        out.extend(values.iter().flat_map(|v| (v + 1.0).to_le_bytes()));
+        let plus_one = values.iter().flat_map(|v| (v + 1.0).to_le_bytes());
+        for (out, byte) in out.iter_mut().zip(plus_one.skip(start)) {
+            *out = byte;
+        }
         Ok(())
     }
 }

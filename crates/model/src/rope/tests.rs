@@ -160,3 +160,23 @@ fn nonsense_is_named() {
     assert_eq!(rope(8, 1e4, llama3(4.0)).check(8), Ok(()));
     assert_eq!(rope(8, 1e4, yarn(64, 32.0)).check(8), Ok(()));
 }
+
+#[test]
+fn only_slow_pairs_and_unrotated_elements_are_common() {
+    let rotation = Rotation {
+        rates: vec![1.0, 1e-3, 1e-5],
+        magnitude: 2.0,
+    };
+    let held = |pairing, max_seq_len| {
+        let mut keys: Vec<f32> = (1..=16).map(|x| x as f32).collect();
+        rotation.common_part(&mut keys, 8, pairing, max_seq_len);
+        keys
+    };
+    let halves = [
+        [0.0, 0.0, 6.0, 0.0, 0.0, 12.0, 7.0, 8.0],
+        [0.0, 0.0, 22.0, 0.0, 0.0, 28.0, 15.0, 16.0],
+    ];
+    assert_eq!(held(RopePairing::Halves, 1000), halves.concat());
+    let interleaved = held(RopePairing::Interleaved, 999);
+    assert_eq!(interleaved[..8], [0.0, 0.0, 6.0, 8.0, 10.0, 12.0, 7.0, 8.0]);
+}

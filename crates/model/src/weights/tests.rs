@@ -24,8 +24,16 @@ impl Loader for Keep {
             return Err(format!("no room for {} columns", source.cols));
         }
         let rows = source.parts.iter().map(|p| p.rows).collect();
-        let bytes = source.parts.iter().flat_map(|p| p.bytes).copied();
-        Ok((source.cols, rows, bytes.collect(), source.bias))
+        let mut bytes = Vec::new();
+        for part in &source.parts {
+            // In two pieces, as a backend with little room would.
+            let (start, half) = (bytes.len(), part.bytes / 2);
+            bytes.resize(start + part.bytes, 0);
+            let (first, second) = bytes[start..].split_at_mut(half);
+            let read = part.read_at(0, first).and(part.read_at(half, second));
+            read.map_err(|e| e.to_string())?;
+        }
+        Ok((source.cols, rows, bytes, source.bias))
     }
 
     fn vector(&self, source: &[f32]) -> Result<Vec<f32>, String> {

@@ -290,17 +290,27 @@ async fn e10_a_lost_device_turns_everything_red() {
 
 #[tokio::test]
 async fn e10_a_hung_step_turns_everything_red() {
-    let mut options = Options::default();
-    options.sim.hang_after = Some(5);
-    let server = start(options).await;
-    let stuck = spawn_post(&server, &streamed(long(100)));
-    let started = Instant::now();
-    while server.get("/livez").await.status == 200 {
-        assert!(started.elapsed() < millis(3000), "hung, and nobody says so");
-        sleep(millis(10)).await;
+    // Late enough for both requests to be running.
+    let mut hung = Options::default().step_time(millis(20));
+    hung.sim.hang_after = Some(25);
+    // A call into the driver that never returns: the engine thread can't say so itself.
+    let mut stuck = Options::default().step_time(millis(20));
+    stuck.sim.stuck_after = Some(25);
+    for options in [hung, stuck] {
+        let server = start(options).await;
+        let streaming = spawn_post(&server, &streamed(long(100)));
+        let whole = spawn_post(&server, &long(100));
+        let started = Instant::now();
+        while server.get("/livez").await.status == 200 {
+            assert!(started.elapsed() < millis(3000), "hung, and nobody says so");
+            sleep(millis(10)).await;
+        }
+        let (events, done) = streaming.await.unwrap().events_so_far();
+        assert!(!done);
+        assert_eq!(events.last().unwrap()["error"]["type"], "server_error");
+        assert_eq!(whole.await.unwrap().status, 503);
+        assert_eq!(server.get("/health").await.status, 503);
     }
-    let reply = stuck.await.unwrap();
-    assert!(!reply.events_so_far().1);
 }
 
 #[tokio::test]

@@ -130,6 +130,8 @@ pub(crate) async fn start(options: Options) -> Server {
         max_model_len: MAX_MODEL_LEN,
         defaults: SamplingDefaults::default(),
         fingerprint: "fp_sim".into(),
+        device: "sim".into(),
+        memory: vec![("weights", 42)],
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use spate_executor::LocalKv;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
@@ -279,7 +280,40 @@ async fn metrics_count_what_happened() {
         info.contains("block_size=\"16\"") && info.contains("num_gpu_blocks=\"128\""),
         "{info}"
     );
+    let memory = text
+        .lines()
+        .find(|line| line.starts_with("spate_memory_bytes{"))
+        .unwrap();
+    assert!(
+        memory.contains("device=\"sim\"")
+            && memory.contains("part=\"weights\"")
+            && memory.ends_with(" 42"),
+        "{memory}"
+    );
     assert!(text.contains("model_name=\"sim-model\"") && !text.contains("nowhere"));
+}
+
+#[tokio::test]
+async fn the_cache_is_as_full_as_its_fuller_pool() {
+    let mut options = Options::default().step_time(millis(20));
+    options.sim.capacity.max_batch_tokens = 16;
+    options.scheduler.max_batch_tokens = 16;
+    options.sim.capacity.local = Some(LocalKv {
+        window: 32,
+        blocks: 8,
+    });
+    let server = start(options).await;
+    let (addr, body) = (server.addr, ask(100).to_string());
+    let request = tokio::spawn(async move { post_to(addr, COMPLETIONS, body.as_bytes()).await });
+    // A block of 128, and of 8.
+    server
+        .wait_metric("vllm:kv_cache_usage_perc", 1.0 / 8.0)
+        .await;
+    let m = server.metrics().await;
+    assert_eq!(m["spate_kv_pool_usage{pool=\"main\"}"], 1.0 / 128.0);
+    assert_eq!(m["spate_kv_pool_usage{pool=\"local\"}"], 1.0 / 8.0);
+    assert_eq!(request.await.unwrap().status, 200);
+    server.wait_idle().await;
 }
 
 #[derive(Clone, Default)]

@@ -5,6 +5,8 @@ use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use spate_executor::LocalKv;
+
 use super::load::Summary;
 use crate::settings::units::format_size;
 use crate::settings::{LogFormat, Origin, SETTINGS, Settings};
@@ -54,18 +56,28 @@ impl Banner<'_> {
             line(name, format!("{part:<14}{:>10}", format_size(*bytes)));
         }
         let total = summary.memory.iter().map(|(_, bytes)| bytes).sum();
-        line("", format!("{:<14}{:>10}", "total", format_size(total)));
+        let of = summary.device_memory.map(format_size);
+        let of = of.map_or(String::new(), |all| format!(" of {all}"));
+        line("", format!("{:<14}{:>10}{of}", "total", format_size(total)));
         line(
             "capacity",
             format!(
-                "{} tokens in {} KV blocks; {} tokens a request; {} sequences running, {} waiting",
+                "{} tokens in {} KV blocks of {}; {} tokens a request, {} a step; {} sequences running, {} waiting",
                 u64::from(capacity.blocks) * u64::from(capacity.block_size),
                 capacity.blocks,
+                capacity.block_size,
                 summary.max_model_len,
-                self.settings.max_num_seqs,
+                capacity.max_batch_tokens,
+                summary.sizes.max_num_seqs,
                 self.settings.max_queue
             ),
         );
+        if let Some(LocalKv { window, blocks }) = capacity.local {
+            line(
+                "",
+                format!("{blocks} more KV blocks for layers that see the last {window} tokens"),
+            );
+        }
         for (i, words) in self.settings_lines().into_iter().enumerate() {
             line(if i == 0 { "settings" } else { "" }, words);
         }

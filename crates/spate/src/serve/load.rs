@@ -9,16 +9,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
-use spate_cpu::{CpuConfig, CpuExecutor, CpuMode, KvDtype};
 use spate_engine::{EngineConfig, SchedulerConfig};
-use spate_executor::{Capacity, Executor};
-use spate_model::Checkpoint;
+use spate_executor::Capacity;
 use spate_server::{App, ServedModel};
 
 use super::text;
+use crate::backend::{Backend, Loaded};
 use crate::opened::OpenModel;
 use crate::resolve::{Cache, Progress, Reference, resolve};
-use crate::settings::{self, KvCacheDtype, Settings};
+use crate::settings::{Settings, Sizes};
 
 /// What the banner tells about the model.
 pub(crate) struct Summary {
@@ -26,11 +25,14 @@ pub(crate) struct Summary {
     pub(crate) path: PathBuf,
     pub(crate) architecture: String,
     pub(crate) has_template: bool,
-    /// Backend, instruction set, threads.
+    /// The backend and its device.
     pub(crate) backend: String,
     /// Part and bytes.
     pub(crate) memory: Vec<(&'static str, u64)>,
+    /// Memory of the device, if it has its own.
+    pub(crate) device_memory: Option<u64>,
     pub(crate) capacity: Capacity,
+    pub(crate) sizes: Sizes,
     pub(crate) max_model_len: u32,
 }
 
@@ -38,6 +40,7 @@ pub(crate) struct Summary {
 /// tokio runtime.
 pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, Summary)> {
     let reference = Reference::parse(&settings.model)?;
+    let backend = Backend::choose(settings.device)?;
     let mut progress = Progress::new({
         let app = app.clone();
         Box::new(move |stage, percent| app.set_loading(stage, percent))
@@ -56,15 +59,16 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
             config.context_len
         );
     }
-    let (executor, text) = std::thread::scope(|scope| {
+    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
+    let (loaded, text) = std::thread::scope(|scope| {
         let text = scope.spawn(|| text::load(&opened, settings.chat_template.as_deref()));
-        let executor = load_executor(opened.checkpoint(), settings, app);
+        let loaded = backend.load(opened.checkpoint(), settings, &mut progress);
         let text = text
             .join()
             .unwrap_or_else(|_| bail!("loading the tokenizer crashed"));
-        (executor, text)
+        (loaded, text)
     });
-    let (executor, text) = (executor?, text?);
+    let (loaded, text) = (loaded?, text?);
     if text.tokenizer.vocab_size() > config.vocab_size {
         bail!(
             "{}: {} tokens, but logits for only {}",
@@ -74,31 +78,40 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         );
     }
 
+    let Loaded {
+        executor,
+        device,
+        sizes,
+        description,
+        memory,
+        device_memory,
+    } = loaded;
     let capacity = executor.capacity().clone();
     let max_model_len = max_model_len(settings, &capacity)?;
-    let (backend, memory) = (backend(settings, &executor), executor.memory_budget());
     let mut names = settings.served_model_name.iter().cloned();
     let id = names.next().unwrap_or(resolved.name);
     let engine_config = EngineConfig {
         scheduler: SchedulerConfig {
-            max_num_seqs: settings.max_num_seqs,
-            max_batch_tokens: settings.max_num_batched_tokens,
+            max_num_seqs: sizes.max_num_seqs,
+            max_batch_tokens: sizes.max_num_batched_tokens,
             max_model_len,
             max_waiting: settings.max_queue,
             prefix_caching: settings.enable_prefix_caching,
         },
         step_timeout: settings.step_timeout,
     };
-    let engine = spate_engine::start(Box::new(executor), engine_config, app.observer(&id))
+    let engine = spate_engine::start(executor, engine_config, app.observer(&id))
         .context("can't start the engine's thread")?;
 
     let summary = Summary {
         model: id.clone(),
         architecture: config.architecture,
         has_template: text.template.is_some(),
-        backend,
-        memory,
+        backend: description,
+        memory: memory.clone(),
+        device_memory,
         capacity,
+        sizes,
         max_model_len,
         path: resolved.path.clone(),
     };
@@ -115,41 +128,10 @@ pub(crate) fn load(settings: &Settings, app: &Arc<App>) -> Result<(ServedModel, 
         max_model_len,
         defaults: text.defaults,
         fingerprint: fingerprint(&opened.files())?,
+        device,
+        memory,
     };
     Ok((model, summary))
-}
-
-fn load_executor(
-    checkpoint: &dyn Checkpoint,
-    settings: &Settings,
-    app: &App,
-) -> Result<CpuExecutor> {
-    let mut progress = |share: f32| app.set_loading("loading the weights", share * 100.0);
-    let config = cpu_config(settings);
-    Ok(CpuExecutor::load(checkpoint, &config, &mut progress)?)
-}
-
-/// The settings of the CPU backend.
-pub(crate) fn cpu_config(settings: &Settings) -> CpuConfig {
-    CpuConfig {
-        mode: match settings.cpu_mode {
-            settings::CpuMode::Exact => CpuMode::Exact,
-            settings::CpuMode::Fast => CpuMode::Fast,
-        },
-        threads: settings.threads,
-        block_size: settings.block_size,
-        kv_cache_bytes: settings.kv_cache_memory,
-        kv_dtype: match settings.kv_cache_dtype {
-            KvCacheDtype::Auto => None,
-            KvCacheDtype::F32 => Some(KvDtype::F32),
-            KvCacheDtype::F16 => Some(KvDtype::F16),
-            KvCacheDtype::Bf16 => Some(KvDtype::Bf16),
-            KvCacheDtype::Int8 => Some(KvDtype::Int8),
-        },
-        max_seq_len: settings.max_model_len.unwrap_or(0),
-        slots: settings.max_num_seqs,
-        max_batch_tokens: settings.max_num_batched_tokens,
-    }
 }
 
 /// What was asked for, if the KV cache can hold it; otherwise what it can hold.
@@ -158,20 +140,11 @@ fn max_model_len(settings: &Settings, capacity: &Capacity) -> Result<u32> {
     match settings.max_model_len {
         Some(len) if len > fits => Err(anyhow!(
             "the KV cache holds {fits} tokens, max_model_len is {len}; start with --max-model-len {fits} or auto, \
-             or with a larger --kv-cache-memory"
+             or with a larger --kv-cache-memory or --gpu-memory-utilization"
         )),
         Some(len) => Ok(len),
         None => Ok(capacity.max_seq_len.min(fits)),
     }
-}
-
-fn backend(settings: &Settings, executor: &CpuExecutor) -> String {
-    let threads = match settings.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        n => n,
-    };
-    let mode = settings.cpu_mode.name();
-    format!("CPU, {mode}, {}, {threads} threads", executor.simd())
 }
 
 /// Names the build and the weights: equal fingerprints mean equal answers to a seeded request.

@@ -4,6 +4,8 @@ mod banner;
 mod load;
 mod logging;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod text;
 mod vocab;
 
@@ -21,11 +23,14 @@ use tokio::task::JoinHandle;
 use crate::settings::{Loaded, LogFormat, LogLevel, SettingFlags, Settings};
 use banner::Banner;
 use load::Summary;
-pub(crate) use load::cpu_config;
 use signals::Signals;
 
 /// How long clients have to read why the daemon failed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long a failed process may take to end by itself: a driver's own clean-up can wait forever for
+/// a GPU that hangs.
+const LAST_RESORT: Duration = Duration::from_secs(5);
 
 /// Serve a model over HTTP
 #[derive(Debug, clap::Args)]
@@ -67,7 +72,14 @@ pub(crate) async fn run(args: ServeArgs) -> Result<()> {
         startup: started.elapsed(),
     };
     banner.show();
-    daemon.run_until(&mut signals, &engine).await
+    let outcome = daemon.run_until(&mut signals, &engine).await;
+    if outcome.is_err() {
+        std::thread::spawn(|| {
+            std::thread::sleep(LAST_RESORT);
+            std::process::abort();
+        });
+    }
+    outcome
 }
 
 /// A server in this process for `spate chat`.

@@ -18,8 +18,8 @@ pub(super) struct Text {
     pub(super) defaults: SamplingDefaults,
 }
 
-/// Reads what belongs to the model; `template` replaces its own.
-pub(super) fn load(model: &OpenModel, template: Option<&Path>) -> Result<Text> {
+/// Reads what belongs to the model; the template at `template_path` replaces its own.
+pub(super) fn load(model: &OpenModel, template_path: Option<&Path>) -> Result<Text> {
     let (tokenizer, own) = match model {
         OpenModel::Gguf(gguf) => of_gguf(gguf)?,
         OpenModel::Hf { directory, .. } => of_directory(directory)?,
@@ -28,7 +28,7 @@ pub(super) fn load(model: &OpenModel, template: Option<&Path>) -> Result<Text> {
             None => (Tokenizer::synthetic(directory.config().vocab_size)?, None),
         },
     };
-    let source = match template {
+    let source = match template_path {
         Some(path) => {
             let source = std::fs::read_to_string(path)
                 .with_context(|| format!("can't read the chat template {}", path.display()))?;
@@ -38,7 +38,12 @@ pub(super) fn load(model: &OpenModel, template: Option<&Path>) -> Result<Text> {
     };
     let template = source.map(|source| ChatTemplate::compile_all(&source, &tokenizer));
     Ok(Text {
-        template: template.transpose().context("the chat template")?,
+        template: template.transpose().with_context(|| {
+            template_path
+                .unwrap_or(model.checkpoint().path())
+                .display()
+                .to_string()
+        })?,
         tokenizer: Arc::new(tokenizer),
         defaults: match model.directory() {
             Some(directory) => sampling_defaults(directory)?,

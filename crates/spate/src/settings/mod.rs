@@ -1,11 +1,13 @@
 //! Settings: one struct, filled from a TOML file, the environment and the command line, later ones
 //! first. Every name is checked, and each value knows where it came from.
 
+mod device;
 mod flags;
 mod suggest;
 mod table;
 pub(crate) mod units;
 
+pub(crate) use device::{Device, Overlap, Sizes};
 pub(crate) use flags::SettingFlags;
 pub(crate) use suggest::nearest;
 pub(crate) use table::{SETTINGS, Setting};
@@ -29,14 +31,17 @@ pub(crate) struct Settings {
     pub(crate) port: u16,
     pub(crate) api_key: Vec<String>,
     pub(crate) api_key_file: Option<PathBuf>,
+    pub(crate) device: Device,
     pub(crate) max_model_len: Option<u32>,
-    pub(crate) max_num_seqs: u32,
-    pub(crate) max_num_batched_tokens: u32,
+    pub(crate) max_num_seqs: Option<u32>,
+    pub(crate) max_num_batched_tokens: Option<u32>,
     pub(crate) max_queue: u32,
-    pub(crate) block_size: u32,
-    pub(crate) kv_cache_memory: u64,
+    pub(crate) block_size: Option<u32>,
+    pub(crate) kv_cache_memory: Option<u64>,
     pub(crate) kv_cache_dtype: KvCacheDtype,
     pub(crate) enable_prefix_caching: bool,
+    pub(crate) gpu_memory_utilization: f32,
+    pub(crate) overlap: Option<Overlap>,
     pub(crate) cpu_mode: CpuMode,
     pub(crate) threads: usize,
     pub(crate) request_timeout: Duration,
@@ -59,14 +64,17 @@ impl Default for Settings {
             port: 8000,
             api_key: Vec::new(),
             api_key_file: None,
+            device: Device::Auto,
             max_model_len: None,
-            max_num_seqs: 64,
-            max_num_batched_tokens: 512,
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
             max_queue: 1024,
-            block_size: 16,
-            kv_cache_memory: 1 << 30,
+            block_size: None,
+            kv_cache_memory: None,
             kv_cache_dtype: KvCacheDtype::Auto,
             enable_prefix_caching: true,
+            gpu_memory_utilization: 0.9,
+            overlap: None,
             cpu_mode: CpuMode::Fast,
             threads: 0,
             request_timeout: Duration::from_secs(600),
@@ -104,7 +112,14 @@ macro_rules! choice {
 
 choice! {
     /// How the numbers of the KV cache are stored.
-    KvCacheDtype { Auto = "auto", F32 = "f32", F16 = "f16", Bf16 = "bf16", Int8 = "int8" }
+    KvCacheDtype {
+        Auto = "auto",
+        F32 = "f32",
+        F16 = "f16",
+        Bf16 = "bf16",
+        Fp8 = "fp8",
+        Int8 = "int8",
+    }
 }
 choice! {
     /// Where weights come from.
@@ -224,12 +239,12 @@ impl Loaded {
 impl Settings {
     /// Checks what only shows when all values are known.
     fn check(&self) -> Result<()> {
-        if self.max_num_batched_tokens < self.max_num_seqs {
+        if let (Some(tokens), Some(seqs)) = (self.max_num_batched_tokens, self.max_num_seqs)
+            && tokens < seqs
+        {
             bail!(
-                "max_num_batched_tokens ({}) is less than max_num_seqs ({}): a step computes a token for \
-                 each running sequence; raise the first or lower the second",
-                self.max_num_batched_tokens,
-                self.max_num_seqs
+                "max_num_batched_tokens ({tokens}) is less than max_num_seqs ({seqs}): a step computes a \
+                 token for each running sequence; raise the first or lower the second"
             );
         }
         if self.step_timeout < Duration::from_secs(1) {
@@ -297,6 +312,11 @@ fn plain_value(setting: &Setting, value: &toml::Value) -> Option<String> {
         toml::Value::Array(items) if setting.is_list => {
             let texts: Option<Vec<&str>> = items.iter().map(toml::Value::as_str).collect();
             texts.map(|texts| texts.join(","))
+        }
+        // `{ decode_sms = 24 }`
+        toml::Value::Table(table) if table.len() == 1 => {
+            let (key, value) = table.iter().next()?;
+            Some(format!("{key}={}", value.as_integer()?))
         }
         _ => None,
     }

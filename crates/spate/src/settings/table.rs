@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::units::{
     exact_size, format_duration, parse_duration, parse_number, parse_size, parse_switch,
 };
-use super::{CpuMode, KvCacheDtype, LoadFormat, LogFormat, LogLevel, Settings};
+use super::{CpuMode, Device, KvCacheDtype, LoadFormat, LogFormat, LogLevel, Overlap, Settings};
 
 /// One setting.
 pub(crate) struct Setting {
@@ -124,6 +124,14 @@ pub(crate) static SETTINGS: &[Setting] = &[
         show: |s| path(&s.api_key_file),
     },
     Setting {
+        flag: "device",
+        value: "DEVICE",
+        help: "cpu, cuda, cuda:N, or auto: the first NVIDIA GPU, without one the CPU",
+        is_list: false,
+        set: |s, v| set(&mut s.device, Device::parse(v)),
+        show: |s| s.device.to_string(),
+    },
+    Setting {
         flag: "max-model-len",
         value: "TOKENS",
         help: "Most tokens of prompt and output together; auto is what the model and the KV cache allow",
@@ -134,33 +142,33 @@ pub(crate) static SETTINGS: &[Setting] = &[
                 auto(v, |v| parse_number(v, 1, 1 << 24).map(|n| n as u32)),
             )
         },
-        show: |s| s.max_model_len.map_or("auto".into(), |n| n.to_string()),
+        show: |s| show_auto(s.max_model_len),
     },
     Setting {
         flag: "max-num-seqs",
         value: "N",
-        help: "Sequences that generate at once",
+        help: "Sequences that generate at once; auto is 64 on a CPU, 256 on a GPU",
         is_list: false,
         set: |s, v| {
             set(
                 &mut s.max_num_seqs,
-                parse_number(v, 1, 4096).map(|n| n as u32),
+                auto(v, |v| parse_number(v, 1, 4096).map(|n| n as u32)),
             )
         },
-        show: |s| s.max_num_seqs.to_string(),
+        show: |s| show_auto(s.max_num_seqs),
     },
     Setting {
         flag: "max-num-batched-tokens",
         value: "TOKENS",
-        help: "Most tokens computed in one step; at least max-num-seqs",
+        help: "Most tokens computed in one step; at least max-num-seqs; auto is 512 on a CPU, 8192 on a GPU",
         is_list: false,
         set: |s, v| {
             set(
                 &mut s.max_num_batched_tokens,
-                parse_number(v, 1, 1 << 16).map(|n| n as u32),
+                auto(v, |v| parse_number(v, 1, 1 << 16).map(|n| n as u32)),
             )
         },
-        show: |s| s.max_num_batched_tokens.to_string(),
+        show: |s| show_auto(s.max_num_batched_tokens),
     },
     Setting {
         flag: "max-queue",
@@ -178,23 +186,23 @@ pub(crate) static SETTINGS: &[Setting] = &[
     Setting {
         flag: "block-size",
         value: "TOKENS",
-        help: "Tokens in one KV-cache block: 16, 32, 64, 128 or 256",
+        help: "Tokens in one KV-cache block: 16, 32, 64, 128 or 256; auto is 16",
         is_list: false,
-        set: |s, v| set(&mut s.block_size, block_size(v)),
-        show: |s| s.block_size.to_string(),
+        set: |s, v| set(&mut s.block_size, auto(v, block_size)),
+        show: |s| show_auto(s.block_size),
     },
     Setting {
         flag: "kv-cache-memory",
         value: "SIZE",
-        help: "Memory for the KV cache, such as 1GiB",
+        help: "Memory for the KV cache, such as 1GiB; auto is that on a CPU, on a GPU what gpu-memory-utilization leaves",
         is_list: false,
-        set: |s, v| set(&mut s.kv_cache_memory, parse_size(v)),
-        show: |s| exact_size(s.kv_cache_memory),
+        set: |s, v| set(&mut s.kv_cache_memory, auto(v, parse_size)),
+        show: |s| s.kv_cache_memory.map_or("auto".into(), exact_size),
     },
     Setting {
         flag: "kv-cache-dtype",
         value: "TYPE",
-        help: "Numbers in the KV cache: f32, f16, bf16, int8 (half the memory of f16, a little less exact) or auto: f16, in exact mode f32",
+        help: "Numbers in the KV cache: f32 or f16 (CPU), bf16, fp8 (GPU), int8 (half the memory, a little less exact), or auto: f16, in exact mode f32, on a GPU bf16",
         is_list: false,
         set: |s, v| set(&mut s.kv_cache_dtype, KvCacheDtype::parse(v)),
         show: |s| s.kv_cache_dtype.name().into(),
@@ -206,6 +214,22 @@ pub(crate) static SETTINGS: &[Setting] = &[
         is_list: false,
         set: |s, v| set(&mut s.enable_prefix_caching, parse_switch(v)),
         show: |s| s.enable_prefix_caching.to_string(),
+    },
+    Setting {
+        flag: "gpu-memory-utilization",
+        value: "SHARE",
+        help: "Share of the GPU's memory to take, above 0 and up to 1",
+        is_list: false,
+        set: |s, v| set(&mut s.gpu_memory_utilization, share(v)),
+        show: |s| s.gpu_memory_utilization.to_string(),
+    },
+    Setting {
+        flag: "overlap",
+        value: "MODE",
+        help: "How prompts run beside streams on a GPU: off (in one queue), streams (in two), decode_sms=N (in two, N SMs kept for streams), or auto: off",
+        is_list: false,
+        set: |s, v| set(&mut s.overlap, auto(v, Overlap::parse)),
+        show: |s| show_auto(s.overlap),
     },
     Setting {
         flag: "cpu-mode",
@@ -311,6 +335,17 @@ fn auto<T>(text: &str, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<
     match text {
         "auto" => Ok(None),
         text => parse(text).map(Some),
+    }
+}
+
+fn show_auto<T: ToString>(value: Option<T>) -> String {
+    value.map_or("auto".into(), |value| value.to_string())
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err(format!("'{text}' is not a number above 0 and up to 1")),
     }
 }
 

@@ -31,7 +31,7 @@ fn error(file: Option<&str>, env: &[(&str, &str)], flags: &[(&'static str, &str)
 
 #[test]
 fn the_table_covers_the_struct_and_stays_small() {
-    assert!(SETTINGS.len() <= 25);
+    assert!(SETTINGS.len() <= 28);
     // Each row reads back what it shows, so a row that names the wrong field can't hide.
     for (i, setting) in SETTINGS.iter().enumerate() {
         assert_eq!(
@@ -93,7 +93,46 @@ fn a_bad_value_names_the_setting_and_where_it_was_set() {
     );
     assert!(error(Some("port = [1]"), &[], &[]).contains("'port' has a value of the wrong type"));
     assert!(error(None, &[], &[("block-size", "24")]).contains("not 16, 32, 64"));
-    assert!(error(None, &[], &[("max-num-seqs", "600")]).contains("max_num_batched_tokens (512)"));
+    let seqs_and_tokens = [("max-num-seqs", "600"), ("max-num-batched-tokens", "512")];
+    assert!(error(None, &[], &seqs_and_tokens).contains("max_num_batched_tokens (512)"));
+    for share in ["0", "1.1", "NaN", "-1", "90%"] {
+        let refused = error(None, &[], &[("gpu-memory-utilization", share)]);
+        assert!(refused.contains("above 0 and up to 1"), "{refused}");
+    }
+    assert!(error(None, &[], &[("device", "gpu")]).contains("'gpu' is not auto, cpu, cuda"));
+    assert!(error(None, &[], &[("overlap", "decode_sms=")]).contains("not a whole number"));
+}
+
+#[test]
+fn sizes_depend_on_the_device() {
+    let sizes = |flags: &[(&'static str, &str)]| {
+        let settings = load(None, &[], flags).unwrap().settings;
+        (Sizes::on_cpu(&settings), Sizes::on_gpu(&settings))
+    };
+    let (cpu, gpu) = sizes(&[]);
+    assert_eq!((cpu.max_num_seqs, cpu.max_num_batched_tokens), (64, 512));
+    assert_eq!((gpu.max_num_seqs, gpu.max_num_batched_tokens), (256, 8192));
+    assert_eq!(
+        (cpu.kv_cache_memory, gpu.kv_cache_memory),
+        (Some(1 << 30), None)
+    );
+    // What was set holds everywhere, and what was not makes room for it.
+    let (cpu, gpu) = sizes(&[("max-num-seqs", "600"), ("kv-cache-memory", "2GiB")]);
+    assert_eq!((cpu.max_num_seqs, cpu.max_num_batched_tokens), (600, 600));
+    assert_eq!((gpu.max_num_seqs, gpu.max_num_batched_tokens), (600, 8192));
+    assert_eq!(gpu.kv_cache_memory, Some(2 << 30));
+    let (cpu, gpu) = sizes(&[("max-num-batched-tokens", "32")]);
+    assert_eq!((cpu.max_num_seqs, gpu.max_num_seqs), (32, 32));
+}
+
+#[test]
+fn overlap_is_a_name_or_a_table() {
+    let from_file = load(Some("overlap = { decode_sms = 24 }"), &[], &[]).unwrap();
+    let from_flag = load(None, &[], &[("overlap", "decode_sms=24")]).unwrap();
+    assert_eq!(from_file.settings, from_flag.settings);
+    assert_eq!(from_flag.settings.overlap, Some(Overlap::DecodeSms(24)));
+    let off = load(None, &[], &[("overlap", "off")]).unwrap();
+    assert_eq!(off.settings.overlap, Some(Overlap::Off));
 }
 
 #[test]
