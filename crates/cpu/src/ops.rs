@@ -7,7 +7,7 @@ use spate_types::{Logprobs, SampledToken};
 use crate::attention::Attention;
 use crate::common_key;
 use crate::kv::{KvCache, KvLine, KvPool};
-use crate::linear::{Isa, Scratch, advise_huge_pages, linear};
+use crate::linear::{F32x16, Isa, Scratch, advise_huge_pages, linear};
 use crate::masks::Masks;
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
 use crate::pool::Disjoint;
@@ -49,37 +49,36 @@ pub(crate) struct CpuOps {
 /// Activations, `[tokens, width]`; those of a stacked matrix as [`Matrix`] says.
 pub(crate) struct Act {
     width: usize,
-    data: Box<[f32]>,
+    rows: usize,
+    /// Aligned, so that a register's sixteen numbers lie in one cache line where widths allow it.
+    data: Vec<F32x16>,
 }
 
 impl Act {
     fn new(rows: usize, width: usize) -> Result<Self, CpuError> {
         let mut data = Vec::new();
         let len = rows.saturating_mul(width);
-        data.try_reserve_exact(len)
+        data.try_reserve_exact(len.div_ceil(16))
             .map_err(|_| CpuError::OutOfMemory {
                 what: "activations",
                 bytes: len.saturating_mul(size_of::<f32>()),
             })?;
         // Tokens lie some pages apart, and a product touches those of dozens of them in turn.
         advise_huge_pages(&data);
-        data.resize(len, 0.0);
-        Ok(Self {
-            width,
-            data: data.into(),
-        })
+        data.resize(len.div_ceil(16), F32x16([0.0; 16]));
+        Ok(Self { width, rows, data })
     }
 
     fn bytes(&self) -> usize {
-        size_of_val(&*self.data)
+        self.rows * self.width * size_of::<f32>()
     }
 
     fn rows(&self, count: usize) -> &[f32] {
-        &self.data[..count * self.width]
+        &F32x16::flatten(&self.data)[..count * self.width]
     }
 
     fn rows_mut(&mut self, count: usize) -> &mut [f32] {
-        &mut self.data[..count * self.width]
+        &mut F32x16::flatten_mut(&mut self.data)[..count * self.width]
     }
 }
 
@@ -337,9 +336,9 @@ impl Ops for CpuOps {
 
     fn logits(&mut self, step: &Step, tile: usize, head: &Matrix, x: &Act) -> Result<(), CpuError> {
         let wanted = tile_of(step, tile);
-        let picked = self.picked.data.chunks_exact_mut(x.width);
+        let picked = self.picked.rows_mut(LOGIT_TILE).chunks_exact_mut(x.width);
         for (wanted, picked) in wanted.iter().zip(picked) {
-            picked.copy_from_slice(&x.data[wanted.token * x.width..][..x.width]);
+            picked.copy_from_slice(&x.rows(wanted.token + 1)[wanted.token * x.width..]);
         }
         let m = wanted.len();
         let (picked, logits) = (self.picked.rows(m), self.logits.rows_mut(m));
@@ -352,7 +351,8 @@ impl Ops for CpuOps {
             step.masks = self.masks.of(step.ticket)?;
         }
         let wanted = tile_of(step, tile);
-        let logits = self.logits.data.chunks_exact_mut(self.logits.width);
+        let width = self.logits.width;
+        let logits = self.logits.rows_mut(LOGIT_TILE).chunks_exact_mut(width);
         let buffers = logits.zip(&mut self.sampling);
         let mut choices: Vec<Choice<'_>> = wanted
             .iter()

@@ -12,6 +12,20 @@ use super::activations::{ActBlock, BLOCK, quantize_block};
 #[repr(C, align(64))]
 pub(crate) struct F32x16(pub(crate) [f32; 16]);
 
+impl F32x16 {
+    /// All of them as one slice, which begins with a cache line.
+    pub(crate) fn flatten(values: &[Self]) -> &[f32] {
+        // SAFETY: the type is sixteen f32 and nothing else.
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), 16 * values.len()) }
+    }
+
+    /// The same, to write to.
+    pub(crate) fn flatten_mut(values: &mut [Self]) -> &mut [f32] {
+        // SAFETY: as above; every f32 is valid.
+        unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), 16 * values.len()) }
+    }
+}
+
 /// Sixteen i32.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]

@@ -155,8 +155,10 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> TileSweep<'_, BITS, G
                 out[t] = v.store(acc[t]);
             }
         } else {
-            for t in 0..T.min(self.sweep.m - token) {
-                self.sweep.store(panel, token + t, &v.store(acc[t]).0);
+            for t in 0..T {
+                if token + t < self.sweep.m {
+                    self.sweep.store(panel, token + t, &v.store(acc[t]).0);
+                }
             }
         }
     }

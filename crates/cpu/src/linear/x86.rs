@@ -17,8 +17,9 @@ macro_rules! intrinsics {
 #[inline(always)]
 fn prefetch<T>(data: &[T]) {
     for line in data.chunks(64 / size_of::<T>().clamp(1, 64)) {
+        // Into the second-level cache: it waits for more lines at once than the first level can.
         // SAFETY: a hint, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
     }
 }
 

@@ -5,6 +5,7 @@ use super::CudaConfig;
 use super::executor::{DRIVER_RESERVE, StepPlan, check_model};
 use super::loader::WeightPlan;
 use crate::CudaError;
+use crate::kernels::Path;
 
 /// What [`CudaExecutor::load`](crate::CudaExecutor::load) would take of a model on a GPU, in bytes.
 #[derive(Debug, Clone)]
@@ -28,7 +29,8 @@ impl Estimate {
     pub fn new(checkpoint: &dyn Checkpoint, config: &CudaConfig) -> Result<Self, CudaError> {
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let weights = WeightPlan::new(checkpoint, &model)?;
+        // Of all GPUs those without a path of their own need most: they unpack quantised weights.
+        let weights = WeightPlan::new(checkpoint, &model, Path::Portable)?;
         let steps = StepPlan::new(&model, config)?;
         let local = model.local.as_ref();
         let locals = local.map_or(0, |local| local.layers.iter().filter(|is| **is).count());
