@@ -1,19 +1,16 @@
 //! Runs the self-test on a GPU: `kernels [FILTER] [SEED]`. Without a GPU it says so and passes.
 
+#[path = "common/device.rs"]
+mod device;
+
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use spate_cuda::driver::Device;
-use spate_cuda::{CudaError, selftest};
+use spate_cuda::selftest;
 
 fn main() -> anyhow::Result<ExitCode> {
-    let device = match Device::open(0) {
-        Ok(device) => device,
-        Err(CudaError::Unavailable(why)) => {
-            println!("skipped: {why}");
-            return Ok(ExitCode::SUCCESS);
-        }
-        Err(error) => return Err(error.into()),
+    let Some(device) = device::first()? else {
+        return Ok(ExitCode::SUCCESS);
     };
     let mut args = std::env::args().skip(1);
     let filter = args.next().unwrap_or_default();

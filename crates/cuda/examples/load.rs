@@ -4,6 +4,9 @@
 //! directory, first writes them there as safetensors shards in bfloat16, whose copies in the page cache
 //! it then loads, too. Without a GPU it says so and passes.
 
+#[path = "common/device.rs"]
+mod device;
+
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -11,20 +14,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use spate_cuda::driver::Device;
-use spate_cuda::{CudaConfig, CudaError, CudaExecutor, KvDtype, Overlap};
+use spate_cuda::{CudaConfig, CudaExecutor, KvDtype, Overlap};
 use spate_model::{Checkpoint, DummyModel, HfDirectory, HfModel, TensorInfo};
 
 /// Tensors of a shard.
 const SHARD: usize = 12;
 
 fn main() -> Result<()> {
-    match Device::open(0) {
-        Err(CudaError::Unavailable(why)) => {
-            println!("skipped: {why}");
-            return Ok(());
-        }
-        opened => drop(opened?),
+    if device::first()?.is_none() {
+        return Ok(());
     }
     let mut args = std::env::args_os().skip(1);
     let config = args

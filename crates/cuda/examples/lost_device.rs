@@ -3,6 +3,8 @@
 //! and the engine be dead within a second. Without a GPU it says so and passes.
 
 mod common;
+#[path = "common/device.rs"]
+mod device;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use half::bf16;
-use spate_cuda::CudaError;
 use spate_cuda::driver::{Arena, Device, Priority, Stream};
 use spate_cuda::kernels::ActMul;
 use spate_engine::{EngineConfig, EngineHandle, Event, Health, SchedulerConfig};
@@ -24,12 +25,8 @@ const LIMIT: Duration = Duration::from_secs(1);
 const STREAMS: u32 = 4;
 
 fn main() -> Result<ExitCode> {
-    let device = match Device::open(0) {
-        Err(CudaError::Unavailable(why)) => {
-            println!("skipped: {why}");
-            return Ok(ExitCode::SUCCESS);
-        }
-        opened => opened?,
+    let Some(device) = device::first()? else {
+        return Ok(ExitCode::SUCCESS);
     };
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(lose(&device))?;

@@ -27,6 +27,16 @@ pub struct PackedPart {
     pub data: Slice<u8>,
 }
 
+impl PackedPart {
+    /// Panics if a product can't be computed with it in the place of the product's own weights.
+    pub(crate) fn check(&self, product: &Product) {
+        product.check_activations();
+        let (outputs, inputs) = (product.outputs, product.inputs);
+        assert!(outputs == self.rows && inputs.is_multiple_of(32));
+        assert!(self.data.len() >= self.form.bytes(outputs, inputs));
+    }
+}
+
 /// Matrix products with the kernels that suit the GPU.
 ///
 /// An output's bits depend on its inputs alone: not on the number of tokens, nor on the SMs that the

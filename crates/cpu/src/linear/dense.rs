@@ -65,11 +65,7 @@ impl Column for F16x16 {
     fn from_floats(weights: &[f32; PANEL]) -> Self {
         let mut halves = [f16::ZERO; PANEL];
         halves.convert_from_f32_slice(weights);
-        let mut bits = Half16([0; PANEL]);
-        for (bits, half) in bits.0.iter_mut().zip(halves) {
-            *bits = half.to_bits();
-        }
-        Self(bits)
+        Self(Half16(halves.map(f16::to_bits)))
     }
 
     fn set_from(&mut self, lane: usize, other: &Self, from: usize) {
@@ -100,11 +96,7 @@ impl Column for Bf16x16 {
     fn from_floats(weights: &[f32; PANEL]) -> Self {
         let mut halves = [bf16::ZERO; PANEL];
         halves.convert_from_f32_slice(weights);
-        let mut bits = Half16([0; PANEL]);
-        for (bits, half) in bits.0.iter_mut().zip(halves) {
-            *bits = half.to_bits();
-        }
-        Self(bits)
+        Self(Half16(halves.map(bf16::to_bits)))
     }
 
     fn set_from(&mut self, lane: usize, other: &Self, from: usize) {

@@ -5,6 +5,8 @@
 //! DIR`: a few steps without graphs for a profiler to look at. Without a GPU it says so and passes.
 
 mod check;
+#[path = "../common/device.rs"]
+mod device;
 mod rig;
 mod time;
 
@@ -12,16 +14,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use spate_cuda::CudaError;
-use spate_cuda::driver::Device;
 
 fn main() -> Result<ExitCode> {
-    match Device::open(0) {
-        Err(CudaError::Unavailable(why)) => {
-            println!("skipped: {why}");
-            return Ok(ExitCode::SUCCESS);
-        }
-        opened => drop(opened?),
+    if device::first()?.is_none() {
+        return Ok(ExitCode::SUCCESS);
     }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();

@@ -46,7 +46,7 @@ impl Product {
         self.check_activations();
     }
 
-    pub(super) fn check_activations(&self) {
+    pub(crate) fn check_activations(&self) {
         let (tokens, outputs, inputs) = (self.tokens, self.outputs, self.inputs);
         assert!(tokens > 0 && outputs > 0 && inputs > 0);
         assert!(inputs.is_multiple_of(VEC) && self.x.len() >= tokens * inputs);

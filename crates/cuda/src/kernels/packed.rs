@@ -343,15 +343,13 @@ impl Packed {
         part: &PackedPart,
         product: &Product,
     ) -> Result<(), CudaError> {
-        product.check_activations();
+        part.check(product);
         let Product {
             tokens,
             outputs,
             inputs,
             ..
         } = *product;
-        assert!(outputs == part.rows && inputs.is_multiple_of(32));
-        assert!(part.data.len() >= part.form.bytes(outputs, inputs));
         let (out, out_f32) = match product.out {
             Output::Bf16(out) => (out.address(), 0),
             Output::F32(out) => (0, out.address()),

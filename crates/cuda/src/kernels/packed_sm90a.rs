@@ -168,15 +168,13 @@ impl PackedHopper {
         part: &PackedPart,
         product: &Product,
     ) -> Result<(), CudaError> {
-        product.check_activations();
+        part.check(product);
         let Product {
             tokens,
             outputs,
             inputs,
             ..
         } = *product;
-        assert!(outputs == part.rows && inputs.is_multiple_of(32));
-        assert!(part.data.len() >= part.form.bytes(outputs, inputs));
         let tile = &TILES[which];
         let x_box = [tile.tokens, SLICE as u32];
         let (out, out_f32) = match product.out {
