@@ -40,8 +40,17 @@ fn main() {
     let pool = ThreadPool::new(threads).expect("threads");
     println!("{}, {} threads", Isa::best().name(), pool.threads());
     println!(
-        "{:<12} {:<5} {:>14} {:>9} {:>8} {:>10} {:>11} {:>11}",
-        "", "type", "shape", "m=1 us", "GB/s", "read GB/s", "m=64 GOP/s", "m=512 GOP/s"
+        "{:<12} {:<5} {:>14} {:>9} {:>8} {:>10} {:>10} {:>10} {:>11} {:>11}",
+        "",
+        "type",
+        "shape",
+        "m=1 us",
+        "GB/s",
+        "read GB/s",
+        "m=8 GOP/s",
+        "and cached",
+        "m=64 GOP/s",
+        "m=512 GOP/s"
     );
     for &(rows, cols, ty, name) in SHAPES {
         let bytes = weights(ty, rows * cols);
@@ -54,19 +63,20 @@ fn main() {
         let decode = time(&pool, &matrices, 1);
         let gigabytes = matrices[0].bytes() as f64 / decode.as_secs_f64() / 1e9;
         let limit = read_bandwidth(&pool, matrices[0].bytes() * turns);
-        let giga_ops = |m: usize| {
-            let took = time(&pool, &matrices[..1], m);
+        let giga_ops = |matrices: &[LinearWeight], m: usize| {
+            let took = time(&pool, matrices, m);
             (2 * rows * cols * m) as f64 / took.as_secs_f64() / 1e9
         };
-        let m64 = giga_ops(64);
+        let (m8, cached) = (giga_ops(&matrices, 8), giga_ops(&matrices[..1], 8));
+        let m64 = giga_ops(&matrices[..1], 64);
         // Nobody wants the logits of 512 tokens at once.
         let m512 = if rows < 10_000 {
-            giga_ops(512)
+            giga_ops(&matrices[..1], 512)
         } else {
             f64::NAN
         };
         println!(
-            "{name:<12} {:<5} {:>14} {:>9.1} {gigabytes:>8.1} {limit:>10.1} {m64:>11.0} {m512:>11.0}",
+            "{name:<12} {:<5} {:>14} {:>9.1} {gigabytes:>8.1} {limit:>10.1} {m8:>10.0} {cached:>10.0} {m64:>11.0} {m512:>11.0}",
             ty.name(),
             format!("{rows}x{cols}"),
             decode.as_secs_f64() * 1e6,

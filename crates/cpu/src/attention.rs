@@ -17,7 +17,7 @@
 
 use std::ops::Range;
 
-use crate::kv::{GROUP, HeadPool, KvLine, KvShape, Pages, TILE, Tile, rotate};
+use crate::kv::{GROUP, KvHead, KvLine, Pages, TILE, Tile, rotate};
 use crate::linear::{Column, F32x16, Kernel, Lanes};
 use crate::math::exp;
 use crate::pool::Disjoint;
@@ -35,8 +35,7 @@ const AHEAD: usize = 2;
 
 /// The queries of some consecutive positions of one sequence that read the same key/value head.
 pub(crate) struct Attention<'a, C> {
-    pub(crate) shape: &'a KvShape,
-    pub(crate) kv: &'a HeadPool<C>,
+    pub(crate) kv: KvHead<'a, C>,
     pub(crate) pages: Pages<'a>,
     /// `[tokens of the step, heads * head_dim]`
     pub(crate) queries: &'a [f32],
@@ -70,7 +69,7 @@ impl<C: KvLine> Kernel for Attention<'_, C> {
     #[inline(always)]
     fn run<V: Lanes>(self, v: V) {
         // To clear more room than a head needs would cost time.
-        match self.shape.head_dim / TILE {
+        match self.kv.dim() / TILE {
             ..=8 => self.run_with::<V, 8>(v),
             _ => self.run_with::<V, MAX_LINES>(v),
         }
@@ -97,13 +96,13 @@ impl<C: KvLine> Attention<'_, C> {
     #[inline(always)]
     fn offset(&self, i: usize) -> usize {
         let (token, head) = (self.token + i / self.group, self.head + i % self.group);
-        (token * self.heads + head) * self.shape.head_dim
+        (token * self.heads + head) * self.kv.dim()
     }
 
     /// Answers the `N` queries from `first` on; gives `N`.
     #[inline(always)]
     fn queries<V: Lanes, const N: usize, const LINES: usize>(&self, v: V, first: usize) -> usize {
-        let dim = self.shape.head_dim;
+        let dim = self.kv.dim();
         let mut queries = Queries::<N, LINES> {
             q: [[F32x16([0.0; TILE]); LINES]; N],
             max: [f32::NEG_INFINITY; N],
@@ -128,11 +127,11 @@ impl<C: KvLine> Attention<'_, C> {
         for start in (first_tile..=position(N - 1)).step_by(TILE) {
             let later = start + AHEAD * TILE;
             if self.tokens == 1 && later <= position(0) {
-                let (keys, values) = self.kv.tile(self.shape, self.pages, later);
+                let (keys, values) = self.kv.tile(self.pages, later);
                 v.prefetch(keys.lines);
                 v.prefetch(values.lines);
             }
-            let (keys, values) = self.kv.tile(self.shape, self.pages, start);
+            let (keys, values) = self.kv.tile(self.pages, start);
             let scores = queries.scores(v, keys);
             // What each query may see of the tile.
             let seen = std::array::from_fn(|n| {

@@ -5,10 +5,17 @@
 //! In a tile, keys lie transposed — one line per element of the head, one lane per position — so
 //! that sixteen scores come out of one register; values lie one position after another. Of int8
 //! numbers a tile also has lines of scales, one for every [`GROUP`] elements, one lane per position.
+//!
+//! All of a block lies together: `[block][layer][head][tile]`, the keys of a tile before its values.
+//! So blocks fill huge pages one after another, and what a step reads of a block in one layer is one
+//! piece.
 
+mod append;
 mod line;
 mod pages;
 mod plan;
+
+use std::ops::Range;
 
 use spate_executor::BlockCopy;
 use spate_types::BlockId;
@@ -16,7 +23,6 @@ use spate_types::BlockId;
 use crate::CpuError;
 use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16};
 pub use line::KvDtype;
-use line::int8_scale;
 pub(crate) use line::{GROUP, KvLine, rotate};
 use pages::ZeroPages;
 pub(crate) use plan::KvPlan;
@@ -24,7 +30,7 @@ pub(crate) use plan::KvPlan;
 /// Positions in a tile: the lanes of a register.
 pub(crate) const TILE: usize = 16;
 
-/// Sizes of one layer's cache.
+/// Sizes of a pool, as each layer sees it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KvShape {
     pub(crate) kv_heads: usize,
@@ -36,31 +42,25 @@ pub(crate) struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block, keys and values.
+    /// Bytes of one block in one layer, keys and values.
     pub(crate) fn block_bytes(&self, dtype: KvDtype) -> u64 {
         let vector = dtype.vector_bytes(self.head_dim);
         2 * (self.kv_heads * self.block_size * vector) as u64
     }
 
-    /// Lines of a tile's keys, or of its values.
-    fn tile_lines(&self) -> usize {
-        self.head_dim
+    /// Lines of a tile, keys and values.
+    fn lines(&self) -> usize {
+        2 * self.head_dim
     }
 
-    /// Groups of elements with the same scale in a key or a value.
-    fn groups(&self) -> usize {
-        self.head_dim / GROUP
+    /// Lines of its scales, if it has any.
+    fn scales(&self) -> usize {
+        self.lines() / GROUP
     }
 
-    /// Tiles of a block.
+    /// Tiles of a block in one layer.
     fn block_tiles(&self) -> usize {
-        self.block_size / TILE
-    }
-
-    /// The tile that holds `position`.
-    fn tile(&self, pages: Pages<'_>, position: usize) -> usize {
-        let block = pages.blocks[position / self.block_size - pages.first].0 as usize;
-        block * self.block_tiles() + position % self.block_size / TILE
+        self.kv_heads * self.block_size / TILE
     }
 }
 
@@ -73,36 +73,46 @@ pub(crate) struct Pages<'a> {
 
 /// The cache, with numbers of one kind.
 pub(crate) enum KvCache {
-    F32(KvPool<F32x16>),
-    F16(KvPool<F16x16>),
-    Bf16(KvPool<Bf16x16>),
-    Int8(KvPool<I8x16>),
+    F32(KvPools<F32x16>),
+    F16(KvPools<F16x16>),
+    Bf16(KvPools<Bf16x16>),
+    Int8(KvPools<I8x16>),
 }
 
 /// A cache of one kind of line.
-pub(crate) struct KvPool<C> {
-    layers: Vec<KvLayer<C>>,
+pub(crate) struct KvPools<C> {
+    /// The main pool and the local one.
+    pools: [KvPool<C>; 2],
+    /// For each layer, whether its blocks are of the local pool, and how many layers before it are
+    /// of the same.
+    layers: Vec<(bool, usize)>,
 }
 
-/// All blocks of one layer.
-pub(crate) struct KvLayer<C> {
-    pub(crate) shape: KvShape,
-    /// Whether its blocks are of the local pool.
-    pub(crate) local: bool,
-    pub(crate) heads: Vec<HeadPool<C>>,
-}
-
-/// All blocks of one head in one layer.
-pub(crate) struct HeadPool<C> {
-    keys: Vectors<C>,
-    values: Vectors<C>,
-}
-
-/// The keys, or the values.
-struct Vectors<C> {
+/// Blocks that have the same numbers in some layers.
+struct KvPool<C> {
+    shape: KvShape,
+    layers: usize,
     lines: ZeroPages<C>,
-    /// One line per group of a tile if the numbers are scaled, otherwise none.
     scales: ZeroPages<F16x16>,
+}
+
+/// Which tiles of a pool are those of one head in one layer.
+#[derive(Debug, Clone, Copy)]
+struct HeadTiles {
+    shape: KvShape,
+    /// The first of block 0.
+    first: usize,
+    /// Tiles from one block to the next.
+    stride: usize,
+}
+
+/// The keys and values of one head in one layer.
+#[derive(Clone, Copy)]
+pub(crate) struct KvHead<'a, C> {
+    tiles: HeadTiles,
+    /// Of the whole pool.
+    lines: &'a [C],
+    scales: &'a [F16x16],
 }
 
 /// The keys or the values of sixteen positions.
@@ -128,148 +138,138 @@ impl<C: KvLine> Tile<'_, C> {
 impl KvCache {
     /// Reserves all pools.
     pub(crate) fn new(plan: &KvPlan) -> Result<Self, CpuError> {
-        let layers = plan.layers();
+        let (shapes, local) = (plan.shapes(), &plan.is_local);
         Ok(match plan.dtype {
-            KvDtype::F32 => KvCache::F32(KvPool::new(layers)?),
-            KvDtype::F16 => KvCache::F16(KvPool::new(layers)?),
-            KvDtype::Bf16 => KvCache::Bf16(KvPool::new(layers)?),
-            KvDtype::Int8 => KvCache::Int8(KvPool::new(layers)?),
+            KvDtype::F32 => KvCache::F32(KvPools::new(shapes, local)?),
+            KvDtype::F16 => KvCache::F16(KvPools::new(shapes, local)?),
+            KvDtype::Bf16 => KvCache::Bf16(KvPools::new(shapes, local)?),
+            KvDtype::Int8 => KvCache::Int8(KvPools::new(shapes, local)?),
         })
     }
 
     /// Copies a block in every layer of the local pool, or of the main one.
     pub(crate) fn copy(&mut self, copy: BlockCopy, local: bool) {
         match self {
-            KvCache::F32(pool) => pool.copy(copy, local),
-            KvCache::F16(pool) => pool.copy(copy, local),
-            KvCache::Bf16(pool) => pool.copy(copy, local),
-            KvCache::Int8(pool) => pool.copy(copy, local),
+            KvCache::F32(pools) => pools.copy(copy, local),
+            KvCache::F16(pools) => pools.copy(copy, local),
+            KvCache::Bf16(pools) => pools.copy(copy, local),
+            KvCache::Int8(pools) => pools.copy(copy, local),
         }
+    }
+}
+
+impl<C: KvLine> KvPools<C> {
+    /// Reserves all blocks of the main pool and the local one for layers that are local or not.
+    /// Pages that no sequence has touched yet cost nothing.
+    pub(crate) fn new([main, local]: [KvShape; 2], is_local: &[bool]) -> Result<Self, CpuError> {
+        let mut counts = [0; 2];
+        let layers = is_local.iter().map(|&local| {
+            let count = &mut counts[usize::from(local)];
+            *count += 1;
+            (local, *count - 1)
+        });
+        let layers = layers.collect();
+        Ok(Self {
+            pools: [
+                KvPool::new(main, counts[0])?,
+                KvPool::new(local, counts[1])?,
+            ],
+            layers,
+        })
+    }
+
+    /// Whether a layer's blocks are of the local pool.
+    pub(crate) fn is_local(&self, layer: usize) -> bool {
+        self.layers[layer].0
+    }
+
+    pub(crate) fn head(&self, layer: usize, head: usize) -> KvHead<'_, C> {
+        let (local, layer) = self.layers[layer];
+        let pool = &self.pools[usize::from(local)];
+        KvHead {
+            tiles: pool.head_tiles(layer, head),
+            lines: &pool.lines,
+            scales: &pool.scales,
+        }
+    }
+
+    fn copy(&mut self, copy: BlockCopy, local: bool) {
+        self.pools[usize::from(local)].copy(copy);
     }
 }
 
 impl<C: KvLine> KvPool<C> {
-    /// Reserves all blocks of layers with these shapes, in the local pool or not. Pages that no
-    /// sequence has touched yet cost nothing.
-    pub(crate) fn new(layers: impl Iterator<Item = (KvShape, bool)>) -> Result<Self, CpuError> {
-        let layers = layers.map(|(shape, local)| {
-            let head = |_| {
-                Ok(HeadPool {
-                    keys: Vectors::new(&shape)?,
-                    values: Vectors::new(&shape)?,
-                })
-            };
-            let heads = (0..shape.kv_heads).map(head);
-            Ok(KvLayer {
-                shape,
-                local,
-                heads: heads.collect::<Result<_, CpuError>>()?,
-            })
-        });
-        let layers = layers.collect::<Result<_, CpuError>>()?;
-        Ok(Self { layers })
-    }
-
-    pub(crate) fn layer(&self, layer: usize) -> &KvLayer<C> {
-        &self.layers[layer]
-    }
-
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut KvLayer<C> {
-        &mut self.layers[layer]
-    }
-
-    fn copy(&mut self, copy: BlockCopy, local: bool) {
-        for layer in self.layers.iter_mut().filter(|l| l.local == local) {
-            for head in &mut layer.heads {
-                head.keys.copy(&layer.shape, copy);
-                head.values.copy(&layer.shape, copy);
-            }
-        }
-    }
-}
-
-impl<C: KvLine> HeadPool<C> {
-    /// Stores the key and the value of one position, `head_dim` numbers each.
-    pub(crate) fn append(
-        &mut self,
-        shape: &KvShape,
-        pages: Pages<'_>,
-        position: usize,
-        key: &[f32],
-        value: &[f32],
-    ) {
-        let (tile, lane) = (shape.tile(pages, position), position % TILE);
-        let groups = shape.groups();
-        for (g, key) in key.as_chunks::<GROUP>().0.iter().enumerate() {
-            let mut key = *key;
-            if C::SCALED {
-                rotate(&mut key);
-            }
-            let line = self.keys.line(tile * groups + g, lane, key);
-            let lines = &mut self.keys.lines[tile * shape.tile_lines() + g * GROUP..][..GROUP];
-            for (element, own) in lines.iter_mut().enumerate() {
-                own.set_from(lane, &line, element);
-            }
-        }
-        for (g, value) in value.as_chunks::<GROUP>().0.iter().enumerate() {
-            let line = self.values.line(tile * groups + g, lane, *value);
-            self.values.lines[tile * shape.tile_lines() + lane * groups + g] = line;
-        }
-    }
-
-    /// Keys and values of the tile that holds `position`.
-    #[inline(always)]
-    pub(crate) fn tile(
-        &self,
-        shape: &KvShape,
-        pages: Pages<'_>,
-        position: usize,
-    ) -> (Tile<'_, C>, Tile<'_, C>) {
-        let tile = shape.tile(pages, position);
-        (self.keys.tile(shape, tile), self.values.tile(shape, tile))
-    }
-}
-
-impl<C: KvLine> Vectors<C> {
-    fn new(shape: &KvShape) -> Result<Self, CpuError> {
-        let tiles = shape.blocks * shape.block_tiles();
+    fn new(shape: KvShape, layers: usize) -> Result<Self, CpuError> {
+        let tiles = shape.blocks * layers * shape.block_tiles();
+        let scales = if C::SCALED { shape.scales() } else { 0 };
         Ok(Self {
-            lines: ZeroPages::new(tiles * shape.tile_lines())?,
-            scales: ZeroPages::new(if C::SCALED { tiles * shape.groups() } else { 0 })?,
+            shape,
+            layers,
+            lines: ZeroPages::new(tiles * shape.lines())?,
+            scales: ZeroPages::new(tiles * scales)?,
         })
     }
 
-    /// One group's numbers `x` as a line; its scale, if there is one, is stored.
-    fn line(&mut self, group: usize, lane: usize, mut x: [f32; GROUP]) -> C {
-        if C::SCALED {
-            let (scale, inverse) = int8_scale(&x);
-            self.scales[group].set(lane, scale);
-            x.iter_mut().for_each(|x| *x *= inverse);
-        }
-        C::from_floats(&x)
-    }
-
-    #[inline(always)]
-    fn tile(&self, shape: &KvShape, tile: usize) -> Tile<'_, C> {
-        let (lines, groups) = (shape.tile_lines(), shape.groups());
-        Tile {
-            lines: &self.lines[tile * lines..][..lines],
-            scales: match C::SCALED {
-                true => &self.scales[tile * groups..][..groups],
-                false => &[],
-            },
+    /// The tiles of a head in the `layer`-th of the pool's layers.
+    fn head_tiles(&self, layer: usize, head: usize) -> HeadTiles {
+        let shape = self.shape;
+        HeadTiles {
+            shape,
+            first: (layer * shape.kv_heads + head) * (shape.block_size / TILE),
+            stride: self.layers * shape.block_tiles(),
         }
     }
 
-    fn copy(&mut self, shape: &KvShape, block: BlockCopy) {
+    fn copy(&mut self, block: BlockCopy) {
         fn copy<T: Copy>(data: &mut [T], len: usize, BlockCopy { src, dst }: BlockCopy) {
             let start = src.0 as usize * len;
             data.copy_within(start..start + len, dst.0 as usize * len);
         }
-        let tiles = shape.block_tiles();
-        copy(&mut self.lines, tiles * shape.tile_lines(), block);
+        let tiles = self.layers * self.shape.block_tiles();
+        copy(&mut self.lines, tiles * self.shape.lines(), block);
         if C::SCALED {
-            copy(&mut self.scales, tiles * shape.groups(), block);
+            copy(&mut self.scales, tiles * self.shape.scales(), block);
         }
+    }
+}
+
+impl HeadTiles {
+    /// The lines and the lines of scales, if there are any, of the tile that holds `position`.
+    #[inline(always)]
+    fn at(&self, pages: Pages<'_>, position: usize) -> [Range<usize>; 2] {
+        let shape = &self.shape;
+        let block = pages.blocks[position / shape.block_size - pages.first].0 as usize;
+        let tile = block * self.stride + self.first + position % shape.block_size / TILE;
+        [shape.lines(), shape.scales()].map(|count| tile * count..(tile + 1) * count)
+    }
+}
+
+impl<'a, C: KvLine> KvHead<'a, C> {
+    /// Elements of a key or a value.
+    #[inline(always)]
+    pub(crate) fn dim(&self) -> usize {
+        self.tiles.shape.head_dim
+    }
+
+    /// Keys and values of the tile that holds `position`.
+    #[inline(always)]
+    pub(crate) fn tile(&self, pages: Pages<'_>, position: usize) -> (Tile<'a, C>, Tile<'a, C>) {
+        let [lines, scales] = self.tiles.at(pages, position);
+        let shape = &self.tiles.shape;
+        let (keys, values) = self.lines[lines].split_at(shape.head_dim);
+        let (key_scales, value_scales) = match C::SCALED {
+            true => self.scales[scales].split_at(shape.head_dim / GROUP),
+            false => Default::default(),
+        };
+        (
+            Tile {
+                lines: keys,
+                scales: key_scales,
+            },
+            Tile {
+                lines: values,
+                scales: value_scales,
+            },
+        )
     }
 }

@@ -6,7 +6,7 @@ use spate_types::{Logprobs, SampledToken};
 
 use crate::attention::Attention;
 use crate::common_key;
-use crate::kv::{KvCache, KvLine, KvPool};
+use crate::kv::{KvCache, KvLine, KvPools};
 use crate::linear::{F32x16, Isa, Scratch, advise_huge_pages, linear};
 use crate::masks::Masks;
 use crate::math::{ActMul, AddRmsNorm, RmsNorm};
@@ -64,7 +64,7 @@ impl Act {
                 bytes: len.saturating_mul(size_of::<f32>()),
             })?;
         // Tokens lie some pages apart, and a product touches those of dozens of them in turn.
-        advise_huge_pages(&data);
+        advise_huge_pages(data.as_ptr(), data.capacity());
         data.resize(len.div_ceil(16), F32x16([0.0; 16]));
         Ok(Self { width, rows, data })
     }
@@ -427,37 +427,27 @@ impl Choice<'_> {
     }
 }
 
-/// Writes the keys and values of a step, `[tokens, kv_heads * head_dim]` each; heads in parallel.
+/// Writes the keys and values of a step, `[tokens, kv_heads * head_dim]` each.
 fn append<C: KvLine>(
     pool: &ThreadPool,
-    kv: &mut KvPool<C>,
+    kv: &mut KvPools<C>,
     step: &Step,
     layer: usize,
     keys: &[f32],
     values: &[f32],
 ) {
-    let layer = kv.layer_mut(layer);
-    let (shape, local) = (layer.shape, layer.local);
-    let (dim, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-    let few = step.tokens.len() < TASK_TOKENS;
-    let per_task = if few { shape.kv_heads } else { 1 };
-    pool.run_chunks(&mut layer.heads, per_task, |i, heads| {
-        for (h, head) in heads.iter_mut().enumerate() {
-            let offset = (i * per_task + h) * dim;
-            for (t, (&position, &row)) in step.positions.iter().zip(&step.row_of).enumerate() {
-                let at = t * width + offset;
-                let (key, value) = (&keys[at..at + dim], &values[at..at + dim]);
-                let pages = step.rows[row].pages(local);
-                head.append(&shape, pages, position as usize, key, value);
-            }
-        }
-    });
+    let local = kv.is_local(layer);
+    let place = |token: usize| {
+        let pages = step.rows[step.row_of[token]].pages(local);
+        (pages, step.positions[token] as usize)
+    };
+    kv.append(pool, layer, place, keys, values);
 }
 
 impl CpuOps {
     fn attend<C: KvLine>(
         &self,
-        kv: &KvPool<C>,
+        kv: &KvPools<C>,
         step: &Step,
         layer: usize,
         qkv: &Act,
@@ -468,16 +458,15 @@ impl CpuOps {
         let queries = &qkv.rows(m)[..m * c.q_width()];
         let out = Disjoint::new(out.rows_mut(m));
         let window = c.window(layer).unwrap_or(usize::MAX);
-        let layer = kv.layer(layer);
+        let local = kv.is_local(layer);
         self.pool.run(step.spans.len() * c.kv_heads, |task| {
             // The spans at the end of a prompt see the most positions: they go first.
             let span = step.spans.len() - 1 - task / c.kv_heads;
             let Span { row, token, count } = step.spans[span];
             let kv_head = task % c.kv_heads;
             self.isa.run(Attention {
-                shape: &layer.shape,
-                kv: &layer.heads[kv_head],
-                pages: step.rows[row].pages(layer.local),
+                kv: kv.head(layer, kv_head),
+                pages: step.rows[row].pages(local),
                 queries,
                 out: &out,
                 token,

@@ -3,7 +3,8 @@
 use spate_types::BlockId;
 
 use super::*;
-use crate::kv::KvPool;
+use crate::ThreadPool;
+use crate::kv::{KvPools, KvShape};
 use crate::linear::{Bf16x16, F16x16, I8x16, Isa};
 
 const TOKENS: usize = 53;
@@ -53,28 +54,23 @@ impl Input {
         }
     }
 
-    fn pool<C: KvLine>(&self) -> KvPool<C> {
-        let dim = self.head_dim;
-        let shape = shape(dim);
-        let mut pool = KvPool::new(std::iter::once((shape, false))).unwrap();
-        for (h, head) in pool.layer_mut(0).heads.iter_mut().enumerate() {
-            // Leftovers of another sequence, as bad as they can be.
-            let bad = vec![f32::NAN; dim];
-            (0..64).for_each(|p| head.append(&shape, self.pages(), p, &bad, &bad));
-            for t in 0..TOKENS {
-                let at = (t * KV_HEADS + h) * dim;
-                let (key, value) = (&self.keys[at..at + dim], &self.values[at..at + dim]);
-                head.append(&shape, self.pages(), t, key, value);
-            }
-        }
-        pool
+    fn pools<C: KvLine>(&self) -> KvPools<C> {
+        let shape = shape(self.head_dim);
+        let mut kv = KvPools::new([shape; 2], &[false]).unwrap();
+        let threads = ThreadPool::new(2).unwrap();
+        let place = |token| (self.pages(), token);
+        // Leftovers of another sequence, as bad as they can be.
+        let bad = vec![f32::NAN; 64 * KV_HEADS * self.head_dim];
+        kv.append(&threads, 0, place, &bad, &bad);
+        kv.append(&threads, 0, place, &self.keys, &self.values);
+        kv
     }
 
     /// All queries, `tokens` at a time.
     fn attend<C: KvLine>(
         &self,
         isa: Isa,
-        pool: &KvPool<C>,
+        kv: &KvPools<C>,
         tokens: usize,
         window: usize,
     ) -> Vec<f32> {
@@ -83,8 +79,7 @@ impl Input {
         for token in (0..TOKENS).step_by(tokens) {
             for kv_head in 0..KV_HEADS {
                 isa.run(Attention {
-                    shape: &pool.layer(0).shape,
-                    kv: &pool.layer(0).heads[kv_head],
+                    kv: kv.head(0, kv_head),
                     pages: self.pages(),
                     queries: &self.queries,
                     out: &disjoint,
@@ -104,15 +99,15 @@ impl Input {
 
     /// Close to what it should be, and the same on every instruction set in chunks of any size.
     fn check<C: KvLine>(&self, window: usize, want: &[f64], tolerance: f64) {
-        let pool = self.pool::<C>();
-        let whole = self.attend(Isa::best(), &pool, TOKENS, window);
+        let kv = self.pools::<C>();
+        let whole = self.attend(Isa::best(), &kv, TOKENS, window);
         let name = std::any::type_name::<C>();
         let what = format!("group {}, window {window}, {name}", self.group);
         let off = furthest(&whole, want);
         assert!(off < tolerance, "{what}: {off}");
         for isa in Isa::available() {
             for tokens in [1, 2, 7, 16] {
-                let got = self.attend(isa, &pool, tokens, window);
+                let got = self.attend(isa, &kv, tokens, window);
                 assert_eq!(got, whole, "{} by {tokens}, {what}", isa.name());
             }
         }

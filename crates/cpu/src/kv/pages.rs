@@ -3,9 +3,11 @@ use std::ptr::{self, NonNull};
 
 use super::line::KvLine;
 use crate::CpuError;
+use crate::linear::advise_huge_pages;
 
-/// Lines of zeros straight from the system; a page takes up memory only once it is written to. (An
-/// allocator may reuse memory and clears it then, which touches every page.)
+/// Lines of zeros straight from the system, in huge pages where it offers them; a page takes up
+/// memory only once it is written to. (An allocator may reuse memory and clears it then, which
+/// touches every page.)
 pub(super) struct ZeroPages<C> {
     start: NonNull<C>,
     len: usize,
@@ -33,7 +35,10 @@ impl<C: KvLine> ZeroPages<C> {
                 )
             };
             start = match NonNull::new(mapped) {
-                Some(mapped) if mapped.as_ptr() != libc::MAP_FAILED => mapped.cast(),
+                Some(mapped) if mapped.as_ptr() != libc::MAP_FAILED => {
+                    advise_huge_pages(mapped.as_ptr().cast::<u8>().cast_const(), bytes);
+                    mapped.cast()
+                }
                 _ => {
                     let what = "the KV cache";
                     return Err(CpuError::OutOfMemory { what, bytes });

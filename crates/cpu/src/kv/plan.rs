@@ -15,7 +15,7 @@ pub(crate) struct KvPlan {
     /// The same of the local pool, if layers with a sliding window have one.
     local: Option<(KvShape, LocalKv)>,
     /// For each layer, whether its KV is in the local pool.
-    is_local: Vec<bool>,
+    pub(crate) is_local: Vec<bool>,
 }
 
 impl KvPlan {
@@ -108,11 +108,13 @@ impl KvPlan {
         self.local.map(|(_, local)| local)
     }
 
-    /// For each layer, its share of its pool, and whether that is the local one.
-    pub(crate) fn layers(&self) -> impl Iterator<Item = (KvShape, bool)> {
-        let local = self.local.map_or(self.main, |(shape, _)| shape);
-        let shapes = self.is_local.iter();
-        shapes.map(move |&is_local| (if is_local { local } else { self.main }, is_local))
+    /// A layer's share of the main pool and of the local one, which has no blocks if there is none.
+    pub(crate) fn shapes(&self) -> [KvShape; 2] {
+        let none = KvShape {
+            blocks: 0,
+            ..self.main
+        };
+        [self.main, self.local.map_or(none, |(shape, _)| shape)]
     }
 
     /// Blocks of the main pool, and the bytes of all.
@@ -127,9 +129,9 @@ impl KvPlan {
     }
 
     fn pool_bytes(&self, local: bool) -> u64 {
-        let layers = self.layers().filter(|(_, is_local)| *is_local == local);
-        let bytes = layers.map(|(shape, _)| shape.block_bytes(self.dtype) * shape.blocks as u64);
-        bytes.sum()
+        let shape = self.shapes()[usize::from(local)];
+        let layers = self.is_local.iter().filter(|is_local| **is_local == local);
+        shape.block_bytes(self.dtype) * shape.blocks as u64 * layers.count() as u64
     }
 
     /// Bytes of all blocks.

@@ -14,6 +14,8 @@ use super::sweep::{PANEL, Panels, Sweep, panels};
 use super::tile_sweep::TileSweep;
 use crate::pool::ThreadPool;
 
+const AHEAD: usize = 64;
+
 /// How the weights of a matrix are stored: `scale · (q - offset)`, or `scale · q + min`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Format {
@@ -186,6 +188,23 @@ impl Packed {
             }
             #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
             Quantized::Tiles(_) => unreachable!("without a matrix unit there are no tiles"),
+        }
+    }
+
+    /// Asks for a group, if there is one.
+    #[inline(always)]
+    fn prefetch<const BITS: u32, const GROUP: usize, const MIN: bool>(
+        &self,
+        v: impl Lanes,
+        group: usize,
+    ) {
+        let count = PackedTimes::<BITS, GROUP, MIN>::FORMAT.lines_per_group();
+        if let Some(lines) = self.lines.get(group * count..(group + 1) * count) {
+            v.prefetch(lines);
+            v.prefetch(&self.scales[group..=group]);
+            if MIN {
+                v.prefetch(&self.mins[group..=group]);
+            }
         }
     }
 
@@ -416,7 +435,10 @@ impl<const BITS: u32, const GROUP: usize, const MIN: bool> Panels
             *x = &self.x[(token + t) * blocks..][..blocks];
         }
         let mut out = [v.splat(0.0); T];
+        let ahead = AHEAD / Self::FORMAT.lines_per_group();
         for g in 0..groups {
+            self.weights
+                .prefetch::<BITS, GROUP, MIN>(v, panel * groups + g + ahead);
             let (group, at) = (panel * groups + g, (g / per_block, g % per_block));
             let dots = self.dots(v, group, &x, at);
             let scales = BlockScales(&x, at.0, Self::span(at.1));
