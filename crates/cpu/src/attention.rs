@@ -33,6 +33,11 @@ const MAX_LINES: usize = MAX_HEAD_DIM / TILE;
 /// reads, and a tile is not much smaller. Queries of a prompt share a tile while it is in the cache.
 const AHEAD: usize = 2;
 
+/// Up to so many queries at once leave registers free, and their sums wait for each other's
+/// additions: they meet [`WIDE`] groups of keys, or lines of values, side by side.
+const FEW: usize = 4;
+const WIDE: usize = 4;
+
 /// The queries of some consecutive positions of one sequence that read the same key/value head.
 pub(crate) struct Attention<'a, C> {
     pub(crate) kv: KvHead<'a, C>,
@@ -121,23 +126,26 @@ impl<C: KvLine> Attention<'_, C> {
                 }
             }
         }
-        let position = |n: usize| self.position + (first + n) / self.group;
-        let oldest = |n: usize| (position(n) + 1).saturating_sub(self.window);
-        let first_tile = oldest(0) / TILE * TILE;
-        for start in (first_tile..=position(N - 1)).step_by(TILE) {
-            let later = start + AHEAD * TILE;
-            if self.tokens == 1 && later <= position(0) {
-                let (keys, values) = self.kv.tile(self.pages, later);
-                v.prefetch(keys.lines);
-                v.prefetch(values.lines);
-            }
-            let (keys, values) = self.kv.tile(self.pages, start);
+        // For each query the end of the positions that it sees, and the first.
+        let (mut ends, mut oldest) = ([0; N], [0; N]);
+        for n in 0..N {
+            ends[n] = self.position + (first + n) / self.group + 1;
+            oldest[n] = ends[n].saturating_sub(self.window);
+        }
+        let end = ends[N - 1];
+        for start in (oldest[0] / TILE * TILE..end).step_by(TILE) {
+            let later = match start + AHEAD * TILE {
+                later if self.tokens == 1 && later < end => later,
+                _ => start,
+            };
+            let (keys, values) = self.kv.tile(self.pages, start, later);
             let scores = queries.scores(v, keys);
             // What each query may see of the tile.
-            let seen = std::array::from_fn(|n| {
-                let end = (position(n) + 1).saturating_sub(start).min(TILE);
-                oldest(n).saturating_sub(start).min(end)..end
-            });
+            let mut seen = [const { 0..0 }; N];
+            for n in 0..N {
+                let end = ends[n].saturating_sub(start).min(TILE);
+                seen[n] = oldest[n].saturating_sub(start).min(end)..end;
+            }
             let weights = queries.weights(v, dim / TILE, scores, &seen);
             // Later queries see no less at the end, earlier ones no less at the start.
             let shared = seen[N - 1].start..seen[0].end.max(seen[N - 1].start);
@@ -162,24 +170,57 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
     /// Products with the sixteen keys of a tile.
     #[inline(always)]
     fn scores<V: Lanes, C: KvLine>(&self, v: V, tile: Tile<'_, C>) -> [V::F; N] {
+        let groups = tile.lines.len() / GROUP;
         let mut scores = [v.splat(0.0); N];
-        for (line, keys) in tile.lines.chunks_exact(GROUP).enumerate() {
-            let mut sums = [v.splat(0.0); N];
-            for (i, key) in keys.iter().enumerate() {
-                let key = key.load(v);
+        let mut group = 0;
+        while N <= FEW && group + WIDE <= groups {
+            self.add_scores::<V, C, WIDE>(v, tile, group, &mut scores);
+            group += WIDE;
+        }
+        for group in group..groups {
+            self.add_scores::<V, C, 1>(v, tile, group, &mut scores);
+        }
+        scores
+    }
+
+    /// Adds the products of `W` groups of elements, side by side.
+    #[inline(always)]
+    fn add_scores<V: Lanes, C: KvLine, const W: usize>(
+        &self,
+        v: V,
+        tile: Tile<'_, C>,
+        group: usize,
+        scores: &mut [V::F; N],
+    ) {
+        let lines = &tile.lines[group * GROUP..][..W * GROUP];
+        let mut q = [&self.q[0][..W]; N];
+        for n in 0..N {
+            q[n] = &self.q[n][group..][..W];
+        }
+        let mut sums = [[v.splat(0.0); N]; W];
+        for i in 0..GROUP {
+            for w in 0..W {
+                if starts_cache_line::<C>(i * W + w) && N <= FEW {
+                    tile.prefetch(v, group * GROUP + i * W + w);
+                }
+                let key = lines[w * GROUP + i].load(v);
                 for n in 0..N {
-                    sums[n] = v.mul_add(v.splat(self.q[n][line].0[i]), key, sums[n]);
+                    sums[w][n] = v.mul_add(v.splat(q[n][w].0[i]), key, sums[w][n]);
                 }
             }
+        }
+        for w in 0..W {
             let scale = match C::SCALED {
-                true => tile.scales[line].load(v),
+                true => {
+                    tile.prefetch_scale(v, group + w);
+                    tile.scales[group + w].load(v)
+                }
                 false => v.splat(1.0),
             };
             for n in 0..N {
-                scores[n] = v.mul_add(sums[n], scale, scores[n]);
+                scores[n] = v.mul_add(sums[w][n], scale, scores[n]);
             }
         }
-        scores
     }
 
     /// e^(score - maximum) of each position, after rescaling what came before.
@@ -230,26 +271,58 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
         weights: &[F32x16; N],
         positions: Range<usize>,
     ) {
-        let mut scaled = *weights;
-        for line in 0..lines {
+        let mut line = 0;
+        while N <= FEW && line + WIDE <= lines {
+            let at = (line, lines);
+            self.add_lines::<V, C, WIDE>(v, values, at, weights, positions.clone());
+            line += WIDE;
+        }
+        for line in line..lines {
+            self.add_lines::<V, C, 1>(v, values, (line, lines), weights, positions.clone());
+        }
+    }
+
+    /// The same for `W` of `lines` lines from `line` on, side by side.
+    #[inline(always)]
+    fn add_lines<V: Lanes, C: KvLine, const W: usize>(
+        &mut self,
+        v: V,
+        values: Tile<'_, C>,
+        (line, lines): (usize, usize),
+        weights: &[F32x16; N],
+        positions: Range<usize>,
+    ) {
+        let mut scaled = [*weights; W];
+        let mut sums = [[v.splat(0.0); N]; W];
+        for w in 0..W {
             if C::SCALED {
-                let scale = values.scales[line].load(v);
-                for n in 0..N {
-                    scaled[n] = v.store(v.mul(v.load(&weights[n]), scale));
-                }
-            }
-            let mut sums = [v.splat(0.0); N];
-            for n in 0..N {
-                sums[n] = v.load(&self.acc[n][line]);
-            }
-            for position in positions.clone() {
-                let value = values.lines[position * lines + line].load(v);
-                for n in 0..N {
-                    sums[n] = v.mul_add(v.splat(scaled[n].0[position]), value, sums[n]);
-                }
+                values.prefetch_scale(v, line + w);
             }
             for n in 0..N {
-                self.acc[n][line] = v.store(sums[n]);
+                if C::SCALED {
+                    let scale = values.scales[line + w].load(v);
+                    scaled[w][n] = v.store(v.mul(v.load(&weights[n]), scale));
+                }
+                sums[w][n] = v.load(&self.acc[n][line + w]);
+            }
+        }
+        for position in positions {
+            let own = &values.lines[position * lines + line..][..W];
+            for w in 0..W {
+                if starts_cache_line::<C>(w) && N <= FEW {
+                    values.prefetch(v, position * lines + line + w);
+                }
+                let value = own[w].load(v);
+                for n in 0..N {
+                    let weights = if C::SCALED { &scaled[w] } else { weights };
+                    let weight = v.splat(weights[n].0[position]);
+                    sums[w][n] = v.mul_add(weight, value, sums[w][n]);
+                }
+            }
+        }
+        for w in 0..W {
+            for n in 0..N {
+                self.acc[n][line + w] = v.store(sums[w][n]);
             }
         }
     }
@@ -276,4 +349,10 @@ impl<const N: usize, const LINES: usize> Queries<N, LINES> {
             }
         }
     }
+}
+
+/// Whether line `i` of a tile begins with a cache line, if line 0 does.
+#[inline(always)]
+const fn starts_cache_line<C>(i: usize) -> bool {
+    (i * size_of::<C>()).is_multiple_of(64)
 }

@@ -21,7 +21,7 @@ use spate_executor::BlockCopy;
 use spate_types::BlockId;
 
 use crate::CpuError;
-use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16};
+use crate::linear::{Bf16x16, Column, F16x16, F32x16, I8x16, Lanes};
 pub use line::KvDtype;
 pub(crate) use line::{GROUP, KvLine, rotate};
 use pages::ZeroPages;
@@ -122,9 +122,25 @@ pub(crate) struct Tile<'a, C> {
     pub(crate) lines: &'a [C],
     /// What they are multiplied with, `[group][position]`; empty if the numbers are not scaled.
     pub(crate) scales: &'a [F16x16],
+    /// The tile that will be read soon lies so many tiles further; 0 if there is none.
+    ahead: isize,
 }
 
 impl<C: KvLine> Tile<'_, C> {
+    /// Asks for the line in the place of line `i` of the tile that will be read soon.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, v: impl Lanes, i: usize) {
+        let distance = self.ahead * 2 * self.lines.len() as isize;
+        v.prefetch(self.lines.as_ptr().wrapping_offset(distance + i as isize));
+    }
+
+    /// The same for a line of scales.
+    #[inline(always)]
+    pub(crate) fn prefetch_scale(&self, v: impl Lanes, i: usize) {
+        let distance = self.ahead * 2 * self.scales.len() as isize;
+        v.prefetch(self.scales.as_ptr().wrapping_offset(distance + i as isize));
+    }
+
     /// What the numbers of a group of one position are multiplied with.
     #[inline(always)]
     pub(crate) fn scale(&self, group: usize, position: usize) -> f32 {
@@ -234,13 +250,26 @@ impl<C: KvLine> KvPool<C> {
 }
 
 impl HeadTiles {
-    /// The lines and the lines of scales, if there are any, of the tile that holds `position`.
+    /// The tile that holds `position`.
     #[inline(always)]
-    fn at(&self, pages: Pages<'_>, position: usize) -> [Range<usize>; 2] {
-        let shape = &self.shape;
-        let block = pages.blocks[position / shape.block_size - pages.first].0 as usize;
-        let tile = block * self.stride + self.first + position % shape.block_size / TILE;
-        [shape.lines(), shape.scales()].map(|count| tile * count..(tile + 1) * count)
+    fn at(&self, pages: Pages<'_>, position: usize) -> usize {
+        let size = self.shape.block_size;
+        let block = pages.blocks[position / size - pages.first].0 as usize;
+        block * self.stride + self.first + position % size / TILE
+    }
+
+    /// The lines of a tile.
+    #[inline(always)]
+    fn lines(&self, tile: usize) -> Range<usize> {
+        let count = self.shape.lines();
+        tile * count..(tile + 1) * count
+    }
+
+    /// Its lines of scales, if there are any.
+    #[inline(always)]
+    fn scales(&self, tile: usize) -> Range<usize> {
+        let count = self.shape.scales();
+        tile * count..(tile + 1) * count
     }
 }
 
@@ -251,25 +280,32 @@ impl<'a, C: KvLine> KvHead<'a, C> {
         self.tiles.shape.head_dim
     }
 
-    /// Keys and values of the tile that holds `position`.
+    /// Keys and values of the tile that holds `position`; that of position `later` will be read soon.
     #[inline(always)]
-    pub(crate) fn tile(&self, pages: Pages<'_>, position: usize) -> (Tile<'a, C>, Tile<'a, C>) {
-        let [lines, scales] = self.tiles.at(pages, position);
-        let shape = &self.tiles.shape;
-        let (keys, values) = self.lines[lines].split_at(shape.head_dim);
+    pub(crate) fn tile(
+        &self,
+        pages: Pages<'_>,
+        position: usize,
+        later: usize,
+    ) -> (Tile<'a, C>, Tile<'a, C>) {
+        let tile = self.tiles.at(pages, position);
+        let ahead = self.tiles.at(pages, later) as isize - tile as isize;
+        let dim = self.dim();
+        let (keys, values) = self.lines[self.tiles.lines(tile)].split_at(dim);
         let (key_scales, value_scales) = match C::SCALED {
-            true => self.scales[scales].split_at(shape.head_dim / GROUP),
+            true => self.scales[self.tiles.scales(tile)].split_at(dim / GROUP),
             false => Default::default(),
         };
-        (
-            Tile {
-                lines: keys,
-                scales: key_scales,
-            },
-            Tile {
-                lines: values,
-                scales: value_scales,
-            },
-        )
+        let keys = Tile {
+            lines: keys,
+            scales: key_scales,
+            ahead,
+        };
+        let values = Tile {
+            lines: values,
+            scales: value_scales,
+            ahead,
+        };
+        (keys, values)
     }
 }

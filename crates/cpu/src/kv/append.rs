@@ -43,14 +43,14 @@ impl<C: KvLine> KvPools<C> {
             {
                 for token in 0..tokens {
                     let (pages, position) = place(token);
-                    let [tile_lines, tile_scales] = head.at(pages, position);
+                    let tile = head.at(pages, position);
                     // SAFETY: tiles of this head, which no other task has; within the slice the
                     // one before is gone.
                     let mut tile = unsafe {
                         TileMut {
-                            lines: lines.slice(tile_lines),
+                            lines: lines.slice(head.lines(tile)),
                             scales: match C::SCALED {
-                                true => scales.slice(tile_scales),
+                                true => scales.slice(head.scales(tile)),
                                 false => &mut [],
                             },
                         }

@@ -15,12 +15,10 @@ macro_rules! intrinsics {
 }
 
 #[inline(always)]
-fn prefetch<T>(data: &[T]) {
-    for line in data.chunks(64 / size_of::<T>().clamp(1, 64)) {
-        // Into the second-level cache: it waits for more lines at once than the first level can.
-        // SAFETY: a hint, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-    }
+fn prefetch<T>(at: *const T) {
+    // Into the second-level cache: it waits for more lines at once than the first level can.
+    // SAFETY: a hint, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
 }
 
 /// Halves added to halves.
@@ -87,8 +85,8 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     const TOKENS: usize = 4;
 
     #[inline(always)]
-    fn prefetch<T>(self, data: &[T]) {
-        prefetch(data);
+    fn prefetch<T>(self, at: *const T) {
+        prefetch(at);
     }
 
     #[inline(always)]
@@ -271,8 +269,8 @@ impl Lanes for Avx512 {
     const TOKENS: usize = 8;
 
     #[inline(always)]
-    fn prefetch<T>(self, data: &[T]) {
-        prefetch(data);
+    fn prefetch<T>(self, at: *const T) {
+        prefetch(at);
     }
 
     #[inline(always)]
