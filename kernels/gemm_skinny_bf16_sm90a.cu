@@ -15,33 +15,23 @@
 // Roofline: 2 outputs k bytes.
 #include "gemm_sm90a.cuh"
 
-#define GEMM(NAME, WARPGROUPS, BN, SLICES, STAGES, CLUSTER)                                    \
-  using NAME##_shape = GemmShape<Weights::A, WARPGROUPS, BN, SLICES, STAGES, CLUSTER>;         \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)                                   \
-      __launch_bounds__(NAME##_shape::THREADS, 1) NAME(const __grid_constant__ GemmArgs args) { \
+#define GEMM(NAME, WARPGROUPS, BN, SLICES, STAGES)                                            \
+  using NAME##_shape = GemmShape<Weights::A, WARPGROUPS, BN, SLICES, STAGES, 1>;              \
+  extern "C" __global__ void __launch_bounds__(NAME##_shape::THREADS, 1)                      \
+      NAME(const __grid_constant__ GemmArgs args) {                                           \
     gemm<NAME##_shape>(args);                                                                  \
   }
 
-GEMM(gemm_skinny_bf16_64x8, 1, 8, 2, 11, 1)
-GEMM(gemm_skinny_bf16_64x16, 1, 16, 2, 10, 1)
-GEMM(gemm_skinny_bf16_64x32, 1, 32, 2, 8, 1)
-GEMM(gemm_skinny_bf16_64x64, 1, 64, 2, 6, 1)
-GEMM(gemm_skinny_bf16_64x64_c2, 1, 64, 2, 6, 2)
-GEMM(gemm_skinny_bf16_64x80, 1, 80, 2, 5, 1)
-GEMM(gemm_skinny_bf16_64x96, 1, 96, 2, 5, 1)
-GEMM(gemm_skinny_bf16_64x96_s1, 1, 96, 1, 10, 1)
-GEMM(gemm_skinny_bf16_64x128, 1, 128, 1, 8, 1)
-GEMM(gemm_skinny_bf16_64x128_s2, 1, 128, 2, 4, 1)
-GEMM(gemm_skinny_bf16_64x128_c2, 1, 128, 1, 8, 2)
-GEMM(gemm_skinny_bf16_64x160, 1, 160, 1, 7, 1)
-GEMM(gemm_skinny_bf16_64x192, 1, 192, 1, 6, 1)
-GEMM(gemm_skinny_bf16_64x192_c2, 1, 192, 1, 6, 2)
-GEMM(gemm_skinny_bf16_64x256, 1, 256, 1, 5, 1)
-GEMM(gemm_skinny_bf16_128x96, 2, 96, 1, 7, 1)
-GEMM(gemm_skinny_bf16_128x128, 2, 128, 1, 6, 1)
-GEMM(gemm_skinny_bf16_128x144, 2, 144, 1, 5, 1)
-GEMM(gemm_skinny_bf16_128x160, 2, 160, 1, 5, 1)
-GEMM(gemm_skinny_bf16_128x176, 2, 176, 1, 4, 1)
-GEMM(gemm_skinny_bf16_128x192, 2, 192, 1, 4, 1)
-GEMM(gemm_skinny_bf16_128x192_c2, 2, 192, 1, 4, 2)
-GEMM(gemm_skinny_bf16_128x256, 2, 256, 1, 4, 1)
+GEMM(gemm_skinny_bf16_64x8, 1, 8, 2, 11)
+GEMM(gemm_skinny_bf16_64x16, 1, 16, 2, 10)
+GEMM(gemm_skinny_bf16_64x32, 1, 32, 2, 8)
+GEMM(gemm_skinny_bf16_64x64, 1, 64, 2, 6)
+GEMM(gemm_skinny_bf16_64x96, 1, 96, 1, 10)
+GEMM(gemm_skinny_bf16_64x128, 1, 128, 1, 8)
+GEMM(gemm_skinny_bf16_64x160, 1, 160, 1, 7)
+GEMM(gemm_skinny_bf16_64x192, 1, 192, 1, 6)
+GEMM(gemm_skinny_bf16_64x256, 1, 256, 1, 5)
+GEMM(gemm_skinny_bf16_128x128, 2, 128, 1, 6)
+GEMM(gemm_skinny_bf16_128x144, 2, 144, 1, 6)
+GEMM(gemm_skinny_bf16_128x160, 2, 160, 1, 5)
+GEMM(gemm_skinny_bf16_128x192, 2, 192, 1, 5)

@@ -14,7 +14,10 @@
 // rounded to bfloat16 before, as act_mul.cu finds them. TMA brings 8 rows of gates and 8 of ups in turn to
 // shared memory, so that a thread's accumulators hold what belongs together.
 //
-// Rows and columns out of range: TMA reads them as zero and doesn't write them.
+// TMA takes longer to write the zeros of rows out of range than to read rows. So the last tile of a side
+// is moved back over the one before and computes some rows once more, with the same bits; and where one tile
+// has room for all rows, only these are read. What is left of the tile is of no consequence: it ends up in
+// outputs that TMA doesn't write.
 //
 // What bounds a step of 64 k, in cycles: the tensor cores, WARPGROUPS BN 2; shared memory at 128 bytes a
 // cycle, WARPGROUPS (64 + BN) for wgmma to read and BM + BN for TMA to write. 128 x 256: 1024, 1024;
@@ -78,14 +81,19 @@ struct GemmShape {
                                     : BN <= 128 || BN % 32 ? BN / 2
                                                            : BN / 4;
   static constexpr int BOX = BOX_TOKENS * 2 * BOX_OUTPUTS;
-  static constexpr int BOXES = WEIGHTS == Weights::A && BOX_TOKENS == BN ? 1 : 2;
   static constexpr int BOXES_AT = STAGES * STAGE;
+  static constexpr int shared_bytes(int boxes) {
+    return BOXES_AT + WARPGROUPS * boxes * BOX + 2 * STAGES * 8;
+  }
+  // Two where there is room for them, unless one holds all.
+  static constexpr int LIMIT = 227 * 1024;
+  static constexpr int BOXES =
+      (WEIGHTS == Weights::A && BOX_TOKENS == BN) || shared_bytes(2) > LIMIT ? 1 : 2;
   static constexpr int BARRIERS_AT = BOXES_AT + WARPGROUPS * BOXES * BOX;
-  static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * STAGES * 8;
-  static_assert(SHARED_BYTES <= 227 * 1024);
+  static_assert(shared_bytes(BOXES) <= LIMIT);
   static_assert(B_SLICE / CLUSTER % 1024 == 0, "a block's part of B ends inside a swizzle pattern");
-  // Gates and ups are in turn in the outputs that a block loads.
-  static constexpr bool CAN_GATE = WEIGHTS == Weights::A || (BN % 32 == 0 && BN / CLUSTER % 16 == 0);
+  static_assert(WEIGHTS == Weights::A || (BN % 32 == 0 && BN / CLUSTER % 16 == 0),
+                "a block loads gates and ups in turn");
 };
 
 // Of the weights of a gate: 8 gates and 8 ups in turn, from row `row` of these on, a multiple of 16.
@@ -155,10 +163,11 @@ struct Gemm {
     int a, b;
   };
 
-  // A tile of A wholly out of range, which the cluster's last block can get, is not loaded: TMA takes
-  // longer to write zeros than to read data. What its rows of shared memory hold is of no consequence.
+  // A tile of A wholly out of range, which the cluster's last block can get, is not loaded.
   __device__ __forceinline__ uint32_t stage_bytes(const Tile& tile) const {
-    return Shape::STAGE - (has_a(tile) ? 0 : Shape::SLICES * Shape::A_SLICE);
+    const int a = has_a(tile) ? min(Shape::BM, args.rows_a) : 0;
+    const int b = Shape::CLUSTER == 1 ? min(Shape::BN, args.rows_b) : Shape::BN;
+    return Shape::SLICES * SWIZZLE_ROW * (a + b);
   }
   __device__ __forceinline__ bool has_a(const Tile& tile) const {
     return Shape::CLUSTER == 1 || tile.a < args.rows_a;
@@ -168,7 +177,13 @@ struct Gemm {
     const int per_group = args.group * tiles_b, first = index / per_group * args.group;
     const int rows = min(args.group, tiles_a - first), rest = index % per_group;
     const int a = first + rest % rows, b = rest / rows;
-    return {(a * Shape::CLUSTER + rank()) * Shape::BM, b * Shape::BN};
+    return {inside((a * Shape::CLUSTER + rank()) * Shape::BM, Shape::BM, args.rows_a),
+            inside(b * Shape::BN, Shape::BN, args.rows_b)};
+  }
+
+  // Moves a tile that begins in range, but does not end there.
+  static __device__ __forceinline__ int inside(int start, int size, int rows) {
+    return start < rows ? max(0, min(start, rows - size)) : start;
   }
 
   static __device__ __forceinline__ int rank() {
@@ -190,7 +205,7 @@ struct Gemm {
 
   // Whether this operand has gates.
   __device__ __forceinline__ bool gates(Weights operand) const {
-    return Shape::WEIGHTS == operand && Shape::CAN_GATE && args.gate != Gate::NONE;
+    return Shape::WEIGHTS == operand && args.gate != Gate::NONE;
   }
 
   __device__ __forceinline__ void load_a(const Tile& tile, int step, int stage,

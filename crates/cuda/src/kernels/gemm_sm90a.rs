@@ -10,6 +10,9 @@ use crate::driver::{Device, Kernel, Module, Plain, Shape, Slice, Stream, TensorM
 /// Elements of a row of a box: the widest that wgmma's swizzle allows.
 const SLICE: usize = 64;
 
+/// The most that a block can have.
+const SHARED_BYTES: u32 = 227 << 10;
+
 /// Clusters along the tokens that are done together before the next tile of outputs.
 const GROUP: u32 = 8;
 
@@ -26,6 +29,8 @@ struct Tile {
     slices: u32,
     stages: u32,
     cluster: u32,
+    /// For 64 k when every SM has one: measured on the H100 under load, which is not at its highest clock then.
+    nanoseconds: usize,
 }
 
 /// Weights as rows of `a`.
@@ -34,7 +39,7 @@ const fn skinny(
     warpgroups: u32,
     bn: u32,
     [slices, stages]: [u32; 2],
-    cluster: u32,
+    nanoseconds: usize,
 ) -> Tile {
     Tile {
         entry,
@@ -43,20 +48,22 @@ const fn skinny(
         bn,
         slices,
         stages,
-        cluster,
+        cluster: 1,
+        nanoseconds,
     }
 }
 
 /// Tokens as rows of `a`.
-const fn wide(entry: &'static CStr, warpgroups: u32, bn: u32, stages: u32, cluster: u32) -> Tile {
+const fn wide(entry: &'static CStr, bn: u32, stages: u32, nanoseconds: usize) -> Tile {
     Tile {
         entry,
         weights: Side::B,
-        warpgroups,
+        warpgroups: 2,
         bn,
         slices: 1,
         stages,
-        cluster,
+        cluster: 2,
+        nanoseconds,
     }
 }
 
@@ -64,46 +71,22 @@ const fn wide(entry: &'static CStr, warpgroups: u32, bn: u32, stages: u32, clust
 const FEW: usize = 4;
 
 const TILES: [Tile; GemmHopper::TILES] = [
-    skinny(c"gemm_skinny_bf16_64x8", 1, 8, [2, 11], 1),
-    skinny(c"gemm_skinny_bf16_64x16", 1, 16, [2, 10], 1),
-    skinny(c"gemm_skinny_bf16_64x32", 1, 32, [2, 8], 1),
-    skinny(c"gemm_skinny_bf16_64x64", 1, 64, [2, 6], 1),
-    skinny(c"gemm_skinny_bf16_64x64_c2", 1, 64, [2, 6], 2),
-    skinny(c"gemm_skinny_bf16_64x80", 1, 80, [2, 5], 1),
-    skinny(c"gemm_skinny_bf16_64x96", 1, 96, [2, 5], 1),
-    skinny(c"gemm_skinny_bf16_64x96_s1", 1, 96, [1, 10], 1),
-    skinny(c"gemm_skinny_bf16_64x128", 1, 128, [1, 8], 1),
-    skinny(c"gemm_skinny_bf16_64x128_s2", 1, 128, [2, 4], 1),
-    skinny(c"gemm_skinny_bf16_64x128_c2", 1, 128, [1, 8], 2),
-    skinny(c"gemm_skinny_bf16_64x160", 1, 160, [1, 7], 1),
-    skinny(c"gemm_skinny_bf16_64x192", 1, 192, [1, 6], 1),
-    skinny(c"gemm_skinny_bf16_64x192_c2", 1, 192, [1, 6], 2),
-    skinny(c"gemm_skinny_bf16_64x256", 1, 256, [1, 5], 1),
-    skinny(c"gemm_skinny_bf16_128x96", 2, 96, [1, 7], 1),
-    skinny(c"gemm_skinny_bf16_128x128", 2, 128, [1, 6], 1),
-    skinny(c"gemm_skinny_bf16_128x144", 2, 144, [1, 5], 1),
-    skinny(c"gemm_skinny_bf16_128x160", 2, 160, [1, 5], 1),
-    skinny(c"gemm_skinny_bf16_128x176", 2, 176, [1, 4], 1),
-    skinny(c"gemm_skinny_bf16_128x192", 2, 192, [1, 4], 1),
-    skinny(c"gemm_skinny_bf16_128x192_c2", 2, 192, [1, 4], 2),
-    skinny(c"gemm_skinny_bf16_128x256", 2, 256, [1, 4], 1),
-    wide(c"gemm_bf16_64x160", 1, 160, 6, 1),
-    wide(c"gemm_bf16_64x192", 1, 192, 6, 1),
-    wide(c"gemm_bf16_64x192_c2", 1, 192, 6, 2),
-    wide(c"gemm_bf16_64x256", 1, 256, 5, 1),
-    wide(c"gemm_bf16_128x96", 2, 96, 7, 2),
-    wide(c"gemm_bf16_128x96_c1", 2, 96, 7, 1),
-    wide(c"gemm_bf16_128x128", 2, 128, 6, 2),
-    wide(c"gemm_bf16_128x128_c1", 2, 128, 6, 1),
-    wide(c"gemm_bf16_128x144_c1", 2, 144, 5, 1),
-    wide(c"gemm_bf16_128x160_c1", 2, 160, 5, 1),
-    wide(c"gemm_bf16_128x192", 2, 192, 4, 2),
-    wide(c"gemm_bf16_128x192_c1", 2, 192, 4, 1),
-    wide(c"gemm_bf16_128x224", 2, 224, 4, 2),
-    wide(c"gemm_bf16_128x224_c1", 2, 224, 4, 1),
-    wide(c"gemm_bf16_128x240_c1", 2, 240, 4, 1),
-    wide(c"gemm_bf16_128x256", 2, 256, 4, 2),
-    wide(c"gemm_bf16_128x256_c1", 2, 256, 4, 1),
+    skinny(c"gemm_skinny_bf16_64x8", 1, 8, [2, 11], 110),
+    skinny(c"gemm_skinny_bf16_64x16", 1, 16, [2, 10], 115),
+    skinny(c"gemm_skinny_bf16_64x32", 1, 32, [2, 8], 150),
+    skinny(c"gemm_skinny_bf16_64x64", 1, 64, [2, 6], 175),
+    skinny(c"gemm_skinny_bf16_64x96", 1, 96, [1, 10], 215),
+    skinny(c"gemm_skinny_bf16_64x128", 1, 128, [1, 8], 247),
+    skinny(c"gemm_skinny_bf16_64x160", 1, 160, [1, 7], 262),
+    skinny(c"gemm_skinny_bf16_64x192", 1, 192, [1, 6], 285),
+    skinny(c"gemm_skinny_bf16_64x256", 1, 256, [1, 5], 358),
+    skinny(c"gemm_skinny_bf16_128x128", 2, 128, [1, 6], 362),
+    skinny(c"gemm_skinny_bf16_128x144", 2, 144, [1, 6], 400),
+    skinny(c"gemm_skinny_bf16_128x160", 2, 160, [1, 5], 440),
+    skinny(c"gemm_skinny_bf16_128x192", 2, 192, [1, 5], 540),
+    wide(c"gemm_bf16_128x192", 192, 5, 552),
+    wide(c"gemm_bf16_128x224", 224, 4, 625),
+    wide(c"gemm_bf16_128x256", 256, 4, 715),
 ];
 
 impl Tile {
@@ -139,18 +122,18 @@ impl Tile {
 
     fn shared_bytes(&self) -> u32 {
         let stage = self.slices * (self.bm() + self.bn) * 2 * SLICE as u32;
-        let boxes = match self.weights {
-            Side::A if self.box_tokens() == self.bn => 1,
-            _ => 2,
-        };
         let [tokens, outputs] = self.out_box(false);
         let barriers = 2 * 8 * self.stages;
-        self.stages * stage + self.warpgroups * boxes * 2 * tokens * outputs + barriers
-    }
-
-    /// Whether gates and ups can be in turn in a block's part of the weights.
-    fn can_gate(&self) -> bool {
-        self.weights == Side::A || self.bn.is_multiple_of(32)
+        let bytes = |boxes| {
+            let boxes = self.warpgroups * boxes * 2 * tokens * outputs;
+            self.stages * stage + boxes + barriers
+        };
+        // Two boxes where there is room for them, unless one holds all.
+        match self.weights {
+            Side::A if tokens == self.bn => bytes(1),
+            _ if bytes(2) > SHARED_BYTES => bytes(1),
+            _ => bytes(2),
+        }
     }
 
     /// Clusters of blocks that have something to do.
@@ -162,25 +145,21 @@ impl Tile {
         a.div_ceil((self.bm() * self.cluster) as usize) * b.div_ceil(self.bn as usize)
     }
 
-    /// Cycles for 64 k of all tiles, if nothing but the tensor cores and shared memory limits them.
-    fn cycles(&self, tokens: usize, outputs: usize, sms: u32) -> usize {
-        let (warpgroups, bn) = (self.warpgroups as usize, self.bn as usize);
-        // 64 x bn x 64 operations at 4096 a cycle, or the bytes that wgmma reads and TMA writes at 128.
-        let tensor = 2 * warpgroups * bn;
-        let shared = warpgroups * (64 + bn) + self.bm() as usize + bn;
+    /// Nanoseconds for 64 k of all tiles, if memory does not limit them.
+    fn cost(&self, tokens: usize, outputs: usize, sms: u32) -> usize {
         let at_once = (sms / self.cluster).max(1) as usize;
-        self.tiles(tokens, outputs).div_ceil(at_once) * tensor.max(shared)
+        self.tiles(tokens, outputs).div_ceil(at_once) * self.nanoseconds
     }
 
     /// Up to 64 tokens the weights' way from memory is what takes long, and the narrowest tile with
     /// room for all tokens is best. Above, the tile that leaves the fewest tensor cores idle.
-    fn choose(tokens: usize, outputs: usize, gated: bool, sms: u32) -> usize {
+    fn choose(tokens: usize, outputs: usize, sms: u32) -> usize {
         let mut few = TILES[..FEW].iter();
         if let Some(tile) = few.position(|tile| tokens <= tile.bn as usize) {
             return tile;
         }
-        let tiles = (FEW..TILES.len()).filter(|&tile| !gated || TILES[tile].can_gate());
-        let best = tiles.min_by_key(|&tile| TILES[tile].cycles(tokens, outputs, sms));
+        let many = FEW - 1..TILES.len();
+        let best = many.min_by_key(|&tile| TILES[tile].cost(tokens, outputs, sms));
         best.expect("there are tiles for many tokens")
     }
 }
@@ -214,7 +193,7 @@ pub struct GemmHopper {
 
 impl GemmHopper {
     /// How many tiles there are.
-    pub(crate) const TILES: usize = 40;
+    pub(crate) const TILES: usize = 16;
 
     /// Whether the GPU has what the kernels need.
     pub fn fits(device: &Device) -> bool {
@@ -255,7 +234,7 @@ impl GemmHopper {
     /// small.
     pub unsafe fn launch(&self, stream: &Stream, product: &Product) -> Result<(), CudaError> {
         let (tokens, outputs) = (product.tokens, product.outputs);
-        let tile = Tile::choose(tokens, outputs, product.gate.is_some(), stream.sms());
+        let tile = Tile::choose(tokens, outputs, stream.sms());
         // SAFETY: the caller vouches for it.
         unsafe { self.launch_with(tile, stream, product) }
     }
@@ -282,18 +261,12 @@ impl GemmHopper {
         unsafe { kernel.launch(stream, shape, &(args,)) }
     }
 
-    /// Whether a tile can compute products with gates.
-    pub(crate) fn can_gate(tile: usize) -> bool {
-        TILES[tile].can_gate()
-    }
-
     /// The tile's name; how much longer it should take than the one that would be chosen.
     pub(crate) fn tile(tile: usize, product: &Product, sms: u32) -> (&'static str, f64) {
         let (tokens, outputs) = (product.tokens, product.outputs);
-        let chosen = Tile::choose(tokens, outputs, product.gate.is_some(), sms);
-        let cycles = |tile: usize| TILES[tile].cycles(tokens, outputs, sms) as f64;
+        let cost = |tile: usize| TILES[tile].cost(tokens, outputs, sms) as f64;
         let name = TILES[tile].entry.to_str().expect("a C identifier");
-        (name, cycles(tile) / cycles(chosen))
+        (name, cost(tile) / cost(Tile::choose(tokens, outputs, sms)))
     }
 
     fn args(tile: &Tile, product: &Product) -> Result<Args, CudaError> {
@@ -314,20 +287,20 @@ impl GemmHopper {
                 ),
             }
         };
-        let (a_rows, b_rows) = (tile.bm(), tile.bn / tile.cluster);
-        let (a, b, rows_a, rows_b) = match tile.weights {
-            Side::A => (
-                weights(a_rows)?,
-                tokens(b_rows)?,
-                product.outputs,
-                product.tokens,
-            ),
-            Side::B => (
-                tokens(a_rows)?,
-                weights(b_rows)?,
-                product.tokens,
-                product.outputs,
-            ),
+        let few = |rows: u32, of: usize| of.min(rows as usize) as u32;
+        let (rows_a, rows_b) = match tile.weights {
+            Side::A => (product.outputs, product.tokens),
+            Side::B => (product.tokens, product.outputs),
+        };
+        // Rows out of range are not read, but the parts of a cluster's blocks stay whole.
+        let box_a = few(tile.bm(), rows_a);
+        let box_b = match tile.cluster {
+            1 => few(tile.bn, rows_b),
+            blocks => tile.bn / blocks,
+        };
+        let (a, b) = match tile.weights {
+            Side::A => (weights(box_a)?, tokens(box_b)?),
+            Side::B => (tokens(box_a)?, weights(box_b)?),
         };
         let (out, out_f32) = match product.out {
             Output::Bf16(out) => {
@@ -365,7 +338,7 @@ mod tests {
     use super::*;
 
     fn chosen(tokens: usize, outputs: usize) -> &'static str {
-        let tile = Tile::choose(tokens, outputs, false, 132);
+        let tile = Tile::choose(tokens, outputs, 132);
         let entry = TILES[tile].entry.to_str();
         entry.expect("a C identifier").trim_start_matches("gemm_")
     }
@@ -373,25 +346,29 @@ mod tests {
     /// The fastest in measurements on the H100 (kernels/README.md).
     #[test]
     fn the_fastest_tile_is_chosen() {
-        assert_eq!(chosen(1, 4096), "skinny_bf16_8");
-        assert_eq!(chosen(9, 28672), "skinny_bf16_16");
-        assert_eq!(chosen(64, 128_256), "skinny_bf16_64");
-        assert_eq!(chosen(128, 28672), "skinny_bf16_128");
-        assert_eq!(chosen(256, 4096), "skinny_bf16_128");
-        assert_eq!(chosen(256, 6144), "bf16_128x128");
+        assert_eq!(chosen(1, 4096), "skinny_bf16_64x8");
+        assert_eq!(chosen(9, 28672), "skinny_bf16_64x16");
+        assert_eq!(chosen(64, 128_256), "skinny_bf16_64x64");
+        assert_eq!(chosen(72, 6144), "skinny_bf16_64x96");
+        assert_eq!(chosen(128, 6144), "skinny_bf16_64x128");
+        assert_eq!(chosen(128, 28672), "skinny_bf16_128x128");
+        assert_eq!(chosen(256, 4096), "skinny_bf16_64x128");
         assert_eq!(chosen(256, 28672), "bf16_128x224");
+        assert_eq!(chosen(320, 4096), "skinny_bf16_64x160");
+        assert_eq!(chosen(512, 4096), "skinny_bf16_64x256");
         assert_eq!(chosen(512, 6144), "bf16_128x192");
         assert_eq!(chosen(512, 28672), "bf16_128x224");
-        assert_eq!(chosen(1024, 6144), "bf16_128x192");
-        assert_eq!(chosen(2048, 6144), "bf16_128x256");
-        assert_eq!(chosen(4096, 28672), "bf16_128x256");
+        assert_eq!(chosen(520, 4096), "skinny_bf16_128x144");
+        assert_eq!(chosen(640, 28672), "skinny_bf16_128x160");
+        assert_eq!(chosen(768, 4096), "skinny_bf16_128x192");
         assert_eq!(chosen(4096, 4096), "bf16_128x256");
+        assert_eq!(chosen(8192, 28672), "bf16_128x256");
     }
 
     #[test]
     fn every_tile_fits_into_an_sm() {
         for tile in &TILES {
-            assert!(tile.shared_bytes() <= 227 * 1024, "{tile:?}");
+            assert!(tile.shared_bytes() <= SHARED_BYTES, "{tile:?}");
         }
     }
 }

@@ -267,9 +267,6 @@ fn gates(lab: &mut Lab, hopper: &GemmHopper, any: Launch) -> Result<Report, Cuda
     let mut shares = Vec::new();
     for case in 0..4 * GemmHopper::TILES {
         let tile = case % GemmHopper::TILES;
-        if !GemmHopper::can_gate(tile) {
-            continue;
-        }
         lab.clear()?;
         let width = 8 * (1 + lab.below([100, 1000][case % 2]));
         let tokens = 1 + lab.below([70, 300, 700][case % 3]);
@@ -315,16 +312,19 @@ fn differing(a: &[bf16], b: &[bf16]) -> f64 {
     differ.count() as f64 / a.len() as f64
 }
 
-/// The time of every tile that comes into question, beside the chosen one's.
+/// Matrices of an 8B model: outputs, inputs.
+const SHAPES: [(&str, usize, usize); 5] = [
+    ("qkv", 6144, 4096),
+    ("o", 4096, 4096),
+    ("gate_up", 28672, 4096),
+    ("down", 4096, 14336),
+    ("lm_head", 128_256, 4096),
+];
+
+/// The time of every tile that comes into question, gates of gate_up applied.
 pub(super) fn tiles(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    const TOKENS: [usize; 15] = [
-        1, 64, 72, 96, 128, 192, 256, 320, 384, 512, 520, 576, 640, 768, 1024,
-    ];
-    const SHAPES: [(&str, usize, usize); 4] = [
-        ("qkv", 6144, 4096),
-        ("o", 4096, 4096),
-        ("gate_up", 28672, 4096),
-        ("down", 4096, 14336),
+    const TOKENS: [usize; 14] = [
+        72, 96, 128, 192, 256, 320, 384, 512, 520, 576, 640, 768, 1024, 2048,
     ];
     let mut reports = Vec::new();
     let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
@@ -332,30 +332,23 @@ pub(super) fn tiles(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         return Ok(reports);
     };
     let sms = lab.device().sms();
-    for (name, outputs, inputs) in SHAPES {
-        let mut cold = Cold::new(lab, outputs, inputs, 1024)?;
+    for (name, outputs, inputs) in &SHAPES[..4] {
+        let mut cold = Cold::new(lab, *outputs, *inputs, TOKENS[TOKENS.len() - 1])?;
+        cold.product.gate = (*name == "gate_up").then_some(Activation::Silu);
+        cold.product.stride = cold.product.width();
         for tokens in TOKENS {
-            for gate in [None, Some(Activation::Silu)] {
-                if gate.is_some() && name != "gate_up" {
+            cold.product.tokens = tokens;
+            for tile in 0..GemmHopper::TILES {
+                let (entry, expected) = GemmHopper::tile(tile, &cold.product, sms);
+                if expected > 1.3 {
                     continue;
                 }
-                cold.product.tokens = tokens;
-                cold.product.gate = gate;
-                cold.product.stride = cold.product.width();
-                for tile in 0..GemmHopper::TILES {
-                    let (entry, expected) = GemmHopper::tile(tile, &cold.product, sms);
-                    if expected > 1.5 || gate.is_some() && !GemmHopper::can_gate(tile) {
-                        continue;
-                    }
-                    // SAFETY: the arena is alive; the weights were waited for.
-                    let time = lab
-                        .time(|stream| unsafe { hopper.launch_with(tile, stream, &cold.next()) })?;
-                    let gated = if gate.is_some() { " gated" } else { "" };
-                    let name = format!("tile {name}{gated} x {tokens} {entry}");
-                    let mut report = lab.report(&name, &[], 0.0);
-                    report.time = Some(time);
-                    reports.push(report);
-                }
+                // SAFETY: the arena is alive; the weights were waited for.
+                let time =
+                    lab.time(|stream| unsafe { hopper.launch_with(tile, stream, &cold.next()) })?;
+                let mut report = lab.report(&format!("tile {name} x {tokens} {entry}"), &[], 0.0);
+                report.time = Some(time);
+                reports.push(report);
             }
         }
     }
@@ -408,13 +401,6 @@ impl Cold {
 
 /// Speed on the shapes of an 8B model, every run with other weights: those of the last are in L2.
 pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    const SHAPES: [(&str, usize, usize); 5] = [
-        ("qkv", 6144, 4096),
-        ("o", 4096, 4096),
-        ("gate_up", 28672, 4096),
-        ("down", 4096, 14336),
-        ("lm_head", 128_256, 4096),
-    ];
     const TOKENS: [usize; 17] = [
         1, 16, 64, 72, 96, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 2048, 8192,
     ];
