@@ -67,8 +67,12 @@ const fn wide(entry: &'static CStr, bn: u32, stages: u32, nanoseconds: usize) ->
     }
 }
 
-/// Of the first so many tiles the narrowest with room for all tokens is best.
+/// The first so many are for few tokens.
 const FEW: usize = 4;
+
+/// From this one on pairs of blocks share their weights, which was measured to pay for more tokens than these.
+const SHARED: usize = 13;
+const SHARED_TOKENS: usize = 1536;
 
 const TILES: [Tile; GemmHopper::TILES] = [
     skinny(c"gemm_skinny_bf16_64x8", 1, 8, [2, 11], 110),
@@ -152,13 +156,16 @@ impl Tile {
     }
 
     /// Up to 64 tokens the weights' way from memory is what takes long, and the narrowest tile with
-    /// room for all tokens is best. Above, the tile that leaves the fewest tensor cores idle.
+    /// room for all tokens is best. Above, the one that is fastest if each SM computes as many.
     fn choose(tokens: usize, outputs: usize, sms: u32) -> usize {
         let mut few = TILES[..FEW].iter();
         if let Some(tile) = few.position(|tile| tokens <= tile.bn as usize) {
             return tile;
         }
-        let many = FEW - 1..TILES.len();
+        let many = match tokens {
+            ..=SHARED_TOKENS => FEW - 1..TILES.len(),
+            _ => SHARED..TILES.len(),
+        };
         let best = many.min_by_key(|&tile| TILES[tile].cost(tokens, outputs, sms));
         best.expect("there are tiles for many tokens")
     }
