@@ -6,6 +6,7 @@ use crate::CudaError;
 use crate::driver::Slice;
 use crate::kernels::{
     Chosen, MAX_EDITS, MAX_TOP, NONE, Sample, SampleTile, SlotMemory, SlotParams, Top, Want,
+    counts_stride,
 };
 
 /// Float32 weights are this far from exact ones; a choice that hangs on less may go either way.
@@ -120,7 +121,7 @@ impl Case {
         let memory = SlotMemory {
             params: lab.upload(&on_params)?,
             edits: lab.upload(&on_edits)?,
-            counts: lab.output(n * vocab)?.slice,
+            counts: lab.output(n * counts_stride(vocab))?.slice,
             generated: lab.output(n)?.slice,
             last: last.slice,
         };
@@ -478,6 +479,8 @@ fn time_one(
     for i in 0..50 {
         row[i * 777] = 20.0 - i as f32 * 0.2; // a head such as a language model has
     }
+    // A conversation of a few hundred different tokens.
+    let counts: Vec<u16> = (0..VOCAB).map(|i| u16::from(i % 300 == 0)).collect();
     let wants: Vec<Want> = (0..n as u32)
         .map(|i| Want {
             slot: i,
@@ -491,7 +494,7 @@ fn time_one(
     let memory = SlotMemory {
         params: lab.upload(&vec![slot; n])?,
         edits: lab.upload(&edits.repeat(n))?,
-        counts: lab.upload(&vec![0; n * VOCAB])?,
+        counts: lab.upload(&counts.repeat(n))?,
         generated: lab.upload(&vec![0; n])?,
         last: lab.upload(&vec![0; n])?,
     };
