@@ -40,7 +40,8 @@ __device__ __noinline__ float4 penalised(float4 v, uint2 counts, const SlotParam
   return make_float4(logits[0], logits[1], logits[2], logits[3]);
 }
 
-// A row's logits, as they are and with penalties and mask.
+// A row's logits, as they are and, if MODIFIED, with penalties and mask.
+template <bool MODIFIED>
 struct Row {
   const float* logits;
   uint32_t vocab;
@@ -59,18 +60,22 @@ struct Row {
   };
 
   __device__ __forceinline__ Vector load(uint32_t i) const {
-    return {reinterpret_cast<const float4*>(logits)[i],
-            counts ? reinterpret_cast<const uint2*>(counts)[i] : make_uint2(0, 0),
-            mask ? mask[i / 8] >> i % 8 * 4 : 0xfu};
+    Vector v{reinterpret_cast<const float4*>(logits)[i], make_uint2(0, 0), 0xfu};
+    if (MODIFIED && counts) v.counts = reinterpret_cast<const uint2*>(counts)[i];
+    if (MODIFIED && mask) v.allowed = mask[i / 8] >> i % 8 * 4;
+    return v;
   }
 
   __device__ __forceinline__ float4 modified(const Vector& vector) const {
     float4 v = vector.raw;
+    if constexpr (!MODIFIED) return v;
     if (vector.counts.x | vector.counts.y) v = penalised(v, vector.counts, params);
-    if (!(vector.allowed & 1)) v.x = -INFINITY;
-    if (!(vector.allowed & 2)) v.y = -INFINITY;
-    if (!(vector.allowed & 4)) v.z = -INFINITY;
-    if (!(vector.allowed & 8)) v.w = -INFINITY;
+    if (mask) {
+      if (!(vector.allowed & 1)) v.x = -INFINITY;
+      if (!(vector.allowed & 2)) v.y = -INFINITY;
+      if (!(vector.allowed & 4)) v.z = -INFINITY;
+      if (!(vector.allowed & 8)) v.w = -INFINITY;
+    }
     return v;
   }
 
@@ -94,20 +99,21 @@ struct Row {
     const uint32_t from = begin + threadIdx.x / WARP * share, to = min(from + share, end);
     const uint32_t whole = min(to, vocab / 4);  // all four tokens exist
     uint32_t i = from + threadIdx.x % WARP;
-    if (!counts && !mask) {  // the common case gets the fast loop
+    if constexpr (!MODIFIED) {
 #pragma unroll 4
       for (; i < whole; i += WARP) {
         const float4 v = reinterpret_cast<const float4*>(logits)[i];
         f(4 * i, v, v);
       }
-    }
-    constexpr int BATCH = 4;  // loads in flight
-    for (; i + (BATCH - 1) * WARP < whole; i += BATCH * WARP) {
-      Vector batch[BATCH];
+    } else {
+      constexpr int BATCH = 4;  // loads in flight
+      for (; i + (BATCH - 1) * WARP < whole; i += BATCH * WARP) {
+        Vector batch[BATCH];
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) batch[b] = load(i + b * WARP);
+        for (int b = 0; b < BATCH; b++) batch[b] = load(i + b * WARP);
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) f(4 * (i + b * WARP), batch[b].raw, modified(batch[b]));
+        for (int b = 0; b < BATCH; b++) f(4 * (i + b * WARP), batch[b].raw, modified(batch[b]));
+      }
     }
 #pragma unroll 1
     for (; i < to; i += WARP) {

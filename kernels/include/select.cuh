@@ -5,7 +5,7 @@
 //
 // - A histogram of the distances from the maximum tells how far top-k or top-p can reach: a bin adds up its
 //   tokens' weights relative to the bin's own, in 1/8192, which tells their mass to 10^-4 and their
-//   number to 3 % with one 32-bit addition per token. The pass that fills it also lists the tokens near the
+//   number to 2 % with one 32-bit addition per token. The pass that fills it also lists the tokens near the
 //   maximum. If the reach is within those, which it mostly is, or else a further pass finds few
 //   enough, these alone are sorted, cut and drawn from, in shared memory.
 // - Otherwise (flat distributions) a cut is searched, a logit: kept are the tokens above it, and the first
@@ -21,8 +21,7 @@
 constexpr int CANDIDATES = 4096;
 constexpr int FEW = 256;
 constexpr int BINS = THREADS;
-constexpr float BINS_PER_NAT = 32.f;
-constexpr uint32_t NEAR_BINS = 256;  // 8 nats
+constexpr float BINS_PER_NAT = 64.f;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float UNIT = 1099511627776.f;  // 2^40
 constexpr float BIN_UNIT = 8192.f;
@@ -59,7 +58,7 @@ struct Softmax {
     return w;
   }
 
-  // Distance from the maximum in bins, at most the last. The same bits wherever it is computed.
+  // Distance from the maximum in bins, at most the last, which nobody counts. The same bits wherever it is computed.
   __device__ __forceinline__ float distance(float logit) const {
     return fminf(__fmul_rn(max - logit, scale * (LN_2 * BINS_PER_NAT)), BINS - 1);
   }
@@ -76,9 +75,13 @@ __device__ __forceinline__ uint64_t in_units(float weight) { return uint64_t(wei
 // Tokens counted one by one, for top-k.
 struct Count {
   __device__ __forceinline__ uint64_t operator()(float) const { return 1; }
-  // Bounds on what a bin holds.
-  __device__ __forceinline__ static uint64_t least(uint32_t, uint32_t held) { return held / 8322; }
-  __device__ __forceinline__ static uint64_t most(uint32_t, uint32_t held) { return (held + 8061) / 8062; }
+  // Bounds on what a bin holds: a token's relative weight is e^-x of an x up to half a bin.
+  static constexpr uint32_t LIGHTEST = 8127, HEAVIEST = 8258;
+  static_assert(BINS_PER_NAT == 64 && BIN_UNIT == 8192);
+  __device__ __forceinline__ static uint64_t least(uint32_t, uint32_t held) {
+    return (held + HEAVIEST - 1) / HEAVIEST;
+  }
+  __device__ __forceinline__ static uint64_t most(uint32_t, uint32_t held) { return held / LIGHTEST; }
 };
 
 // Tokens counted by their weight, for top-p.
@@ -91,7 +94,7 @@ struct Mass {
     return double(held) * exp2f(-float(bin) / (BINS_PER_NAT * LN_2)) * (UNIT / BIN_UNIT);
   }
   __device__ __forceinline__ static uint64_t least(uint32_t bin, uint32_t held) {
-    return bin == BINS - 1 ? 0 : uint64_t(middle(bin, held) * (1 - SLACK));
+    return uint64_t(middle(bin, held) * (1 - SLACK));
   }
   __device__ __forceinline__ static uint64_t most(uint32_t bin, uint32_t held) {
     return uint64_t(middle(bin, held) * (1 + SLACK)) + 1;
@@ -118,8 +121,10 @@ __device__ __forceinline__ void list_token(uint32_t token, float logit, Shared& 
   if (i < CANDIDATES) s.listed[i] = ranked(token, logit);
 }
 
-// Fills the histogram, and lists the tokens near the maximum; gives the sum of the weights.
-__device__ __noinline__ uint64_t fill_bins(Row row, Softmax softmax, Shared& s) {
+// Fills the histogram up to its last bin, and lists the tokens in the bins up to `near`; gives the sum of the
+// weights.
+template <bool MODIFIED>
+__device__ __noinline__ uint64_t fill_bins(Row<MODIFIED> row, Softmax softmax, uint32_t near, Shared& s) {
   __syncthreads();
   s.bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) s.candidate_count = 0;
@@ -128,11 +133,13 @@ __device__ __noinline__ uint64_t fill_bins(Row row, Softmax softmax, Shared& s) 
   const auto add = [&](uint32_t token, float logit) {
     const float distance = softmax.distance(logit);
     const uint32_t bin = Softmax::bin(distance);
-    // e^-x for the small x within a bin, to 5e-6.
-    const float x = (distance - float(int32_t(bin))) / BINS_PER_NAT;
-    const float relative = __fadd_rn(BIN_UNIT * (1.f - x + 0.5f * x * x), 8388608.f);
-    atomicAdd(&s.bins[bin], __float_as_uint(relative) & 0x7fffffu);
-    if (bin < NEAR_BINS) list_token(token, logit, s);
+    if (bin < BINS - 1) {
+      // e^-x for the small x within a bin, to 5e-6.
+      const float x = (distance - float(int32_t(bin))) / BINS_PER_NAT;
+      const float relative = __fadd_rn(BIN_UNIT * (1.f - x + 0.5f * x * x), 8388608.f);
+      atomicAdd(&s.bins[bin], __float_as_uint(relative) & 0x7fffffu);
+    }
+    if (bin <= near) list_token(token, logit, s);
     return softmax.weight(logit);
   };
   row.scan_vectors(0, row.vectors(), [&](uint32_t t, float4 v) {
@@ -163,17 +170,21 @@ __device__ __forceinline__ uint32_t reach(Measure, uint64_t target, Shared& s) {
   return min(bins_below(target, Measure::least(threadIdx.x, s.bins[threadIdx.x]), s), BINS - 1);
 }
 
-// Makes the list that of all tokens in the bins up to `last`; says how many, or more than CANDIDATES if it
-// has no room for them. The bins are filled.
-__device__ __noinline__ uint32_t list_upto(Row row, Softmax softmax, uint32_t last, Shared& s) {
-  const uint32_t near = s.candidate_count;
-  const auto within = [&](float logit) { return Softmax::bin(softmax.distance(logit)) <= last; };
-  if (last < NEAR_BINS && near <= CANDIDATES) {
+// Makes the list that of all tokens in the bins up to `last` that may be chosen; says how many, or more than
+// CANDIDATES if it has no room for them. Bins and list are those of `fill_bins`.
+template <bool MODIFIED>
+__device__ __noinline__ uint32_t list_upto(Row<MODIFIED> row, Softmax softmax, uint32_t near, uint32_t last,
+                                           Shared& s) {
+  const uint32_t listed = s.candidate_count;
+  const auto within = [&](float logit) {
+    return Softmax::bin(softmax.distance(logit)) <= last && logit > -INFINITY;
+  };
+  if (last <= near && listed <= CANDIDATES) {
     uint64_t own[CANDIDATES / THREADS];
 #pragma unroll
     for (int j = 0; j < CANDIDATES / THREADS; j++) {
       const uint32_t i = j * THREADS + threadIdx.x;
-      own[j] = i < near ? s.listed[i] : 0;
+      own[j] = i < listed ? s.listed[i] : 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) s.candidate_count = 0;
@@ -317,8 +328,8 @@ __device__ __forceinline__ Cut cut_candidates(Measure measure, uint64_t target, 
 
 // The highest logit at which the measure of all tokens from there up reaches the target, which the
 // measure of the whole row does. The histogram is filled.
-template <typename Measure>
-__device__ __noinline__ Cut find_cut(Row row, Softmax softmax, Measure measure, uint64_t target, Shared& s) {
+template <bool MODIFIED, typename Measure>
+__device__ __noinline__ Cut find_cut(Row<MODIFIED> row, Softmax softmax, Measure measure, uint64_t target, Shared& s) {
   const uint32_t held = s.bins[threadIdx.x];
   const uint32_t first = min(bins_below(target, Measure::most(threadIdx.x, held), s), BINS - 1);
   const uint32_t last = reach(measure, target, s);
@@ -378,8 +389,8 @@ __device__ __noinline__ Cut find_cut(Row row, Softmax softmax, Measure measure, 
 
 // The token at which the cumulative weight, in order of ids, passes `pick(its total)`. Tokens above
 // the cut weigh `weight`; the first `cut.ties` at the cut, `tie_weight`; others nothing.
-template <typename Weight, typename Pick>
-__device__ __noinline__ uint32_t find_token(Row row, Cut cut, uint64_t tie_weight, Weight weight, Pick pick,
+template <bool MODIFIED, typename Weight, typename Pick>
+__device__ __noinline__ uint32_t find_token(Row<MODIFIED> row, Cut cut, uint64_t tie_weight, Weight weight, Pick pick,
                                             Shared& s) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   uint32_t begin = 0, end = row.vectors();
