@@ -45,18 +45,19 @@ class Workload:
     concurrency: int
     requests: int
     flags: tuple = ()
+    warmup: int = 64
 
     def arguments(self):
         sizes = ["--prompt-len", self.prompt, "--output-len", self.output]
         load = ["--concurrency", self.concurrency, "--requests", self.requests]
-        # As many again that do not count: caches, clocks and allocators settle.
-        return [*sizes, *load, "--warmup", min(self.concurrency, self.requests), *self.flags]
+        # Requests that do not count: caches, clocks and allocators settle.
+        return [*sizes, *load, "--warmup", min(self.concurrency, self.warmup), *self.flags]
 
 
 SHARED = ("--shared-prefix", 2048, "--shared-share", 0.8)
 WORKLOADS = [
     Workload("16/128, c=1", 16, 128, 1, 12),
-    Workload("512/128, c=1", 512, 128, 1, 8),
+    Workload("512/128, c=1", 512, 128, 1, 6),
     Workload("512/128, c=8", 512, 128, 8, 48),
     Workload("512/256, c=64", 512, 256, 64, 256),
     Workload("512/256, c=256", 512, 256, 256, 768),
@@ -237,7 +238,7 @@ def measure(server, bench, args):
                 continue
             results["workloads"][workload.name] = show(server, workload.name, bench.run(server, workload))
         for concurrency in CURVE if args.curve else []:
-            workload = Workload(f"curve 512/128, c={concurrency}", 512, 128, concurrency, 2 * concurrency + 4)
+            workload = Workload(f"curve 512/128, c={concurrency}", 512, 128, concurrency, 2 * concurrency + 4, warmup=0)
             results["curve"][concurrency] = show(server, workload.name, bench.run(server, workload))
         if args.flood:
             results["flood"] = flood = bench.flood(server)
