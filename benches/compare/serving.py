@@ -398,6 +398,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "target/serving", help="folder for results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    # So that servers are stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("serving.py: terminated"))
     if not args.spate.exists():
         raise Failed(f"{args.spate} is not there: cargo build --release -p spate")
     own, all_servers = servers(args)
