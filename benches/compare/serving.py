@@ -369,7 +369,8 @@ def named(text):
 
 def servers(args):
     """In the order in which they are measured."""
-    model = [str(args.model)] + (["--load-format", "dummy"] if args.model == SHAPE else [])
+    dummy = ["--load-format", "dummy", "--max-model-len", "16384"]
+    model = [str(args.model)] + (dummy if args.model == SHAPE else [])
     flags = shlex.split(args.spate_flags)
     serve = [str(args.spate), "serve", *model, "--port", str(PORT), *flags]
     starts, found = dict(args.start), []
@@ -385,7 +386,7 @@ def servers(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spate", type=pathlib.Path, default=ROOT / "target/release/spate", help="the binary")
-    parser.add_argument("--spate-flags", default="--max-model-len 16384", help="further flags of spate serve")
+    parser.add_argument("--spate-flags", default="", help="further flags of spate serve")
     parser.add_argument("--model", type=pathlib.Path, default=SHAPE, help="what spate serves")
     parser.add_argument("--vocab", type=int, default=30_000, help="token ids of prompts stay below it")
     parser.add_argument("--peer", type=named, action="append", default=[], metavar="NAME=URL")
