@@ -96,8 +96,13 @@ impl Lane {
 
     /// Captures graphs of steps with up to so many rows.
     pub(crate) fn capture(&mut self, slots: &Slots, most: usize) -> Result<(), CudaError> {
+        // What prompts read of a cache of codes is unpacked before, block by block as they need it.
+        let mixed = self.ops.shared.pools.unpacked_blocks().is_none();
         // Once for real: what a kernel needs at its first launch can't be had while capturing.
-        let mut step = self.padding(slots, |step, d| step.pad_mixed(most, most, d))?;
+        let mut step = self.padding(slots, |step, d| match mixed {
+            true => step.pad_mixed(most, most, d),
+            false => step.pad_decode(most, d),
+        })?;
         self.queue(&mut step, &[], slots)?;
         self.ops.stream.synchronize()?;
         let buffer = self.ring.advance();
@@ -105,8 +110,7 @@ impl Lane {
             let what = "a step without rows gave no result";
             return Err(CudaError::Config(what.into()));
         }
-        // What prompts read of a cache of codes is unpacked before, block by block as they need it.
-        if self.ops.shared.pools.unpacked_blocks().is_none() {
+        if mixed {
             self.capture_mixed(slots, most)?;
         }
         self.capture_on(None, slots, most)
