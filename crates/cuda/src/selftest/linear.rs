@@ -33,7 +33,7 @@ pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         reports.push(invariance(lab, "linear (wgmma)", &best, &any)?);
         let hopper = linear.hopper().expect("this is Hopper");
         reports.push(same_bits_of_tiles(lab, hopper)?);
-        reports.push(gates(lab, hopper, &any)?);
+        reports.push(gates(lab, hopper, &any, 4, 1000)?);
     }
     Ok(reports)
 }
@@ -65,7 +65,13 @@ pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
             }
         }
     }
-    Ok(vec![lab.report("small products", &errors, LIMIT_BF16)])
+    let mut reports = vec![lab.report("small products", &errors, LIMIT_BF16)];
+    if let Some(hopper) = linear.hopper() {
+        // SAFETY: as above.
+        let any = |stream: &Stream, product: &Product| unsafe { portable.launch(stream, product) };
+        reports.push(gates(lab, hopper, &any, 1, 30)?);
+    }
+    Ok(reports)
 }
 
 /// A product with everything that it needs.
@@ -262,13 +268,19 @@ fn same_bits_of_tiles(lab: &mut Lab, hopper: &GemmHopper) -> Result<Report, Cuda
 }
 
 /// Share of outputs of products with gates whose bits are not those of two kernels.
-fn gates(lab: &mut Lab, hopper: &GemmHopper, any: Launch) -> Result<Report, CudaError> {
+fn gates(
+    lab: &mut Lab,
+    hopper: &GemmHopper,
+    any: Launch,
+    rounds: usize,
+    most: usize,
+) -> Result<Report, CudaError> {
     let act_mul = ActMul::load(lab.device())?;
     let mut shares = Vec::new();
-    for case in 0..4 * GemmHopper::TILES {
+    for case in 0..rounds * GemmHopper::TILES {
         let tile = case % GemmHopper::TILES;
         lab.clear()?;
-        let width = 8 * (1 + lab.below([100, 1000][case % 2]));
+        let width = 8 * (1 + lab.below([most / 10, most][case % 2]));
         let tokens = 1 + lab.below([70, 300, 700][case % 3]);
         let inputs = 8 * (1 + lab.below(60));
         let activation = lab.pick(&[Activation::Silu, Activation::GeluTanh]);
