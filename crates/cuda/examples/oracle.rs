@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use spate_cuda::{CudaConfig, KvDtype, Overlap};
-use spate_executor::conformance;
+use spate_executor::conformance::{self, Recompute};
 use spate_model::testing::{TempFile, TinyLlama, tiny_llama};
 use spate_model::{ARCHITECTURES, GgmlType, Gguf};
 use spate_types::TokenId;
@@ -78,6 +78,11 @@ fn check(options: &Options, spec: &TinyLlama, kv_dtype: KvDtype) -> Result<bool>
     );
     let file = TempFile::new(&tiny_llama(spec));
     let gguf = Gguf::open(file.path())?;
+    let recompute = match options.portable {
+        // Decode and prefill add up in different orders: kernels/README.md.
+        true => Recompute::Rounded,
+        false => Recompute::Exact,
+    };
     let mut passed = true;
     for (mode, overlap, graphs) in [
         ("one lane", Overlap::Off, true),
@@ -92,7 +97,7 @@ fn check(options: &Options, spec: &TinyLlama, kv_dtype: KvDtype) -> Result<bool>
             ..config()
         };
         let conforms = std::panic::catch_unwind(|| {
-            conformance::run(&mut || {
+            conformance::run_with(recompute, &mut || {
                 options
                     .cuda(&gguf, &config)
                     .expect("the GPU was opened before")
@@ -117,9 +122,9 @@ fn check(options: &Options, spec: &TinyLlama, kv_dtype: KvDtype) -> Result<bool>
     let want = run(&mut *cpu(&gguf)?, &prompts, 1)?;
     let want: Vec<f64> = want[0].prompt.iter().map(|l| l.logprob.into()).collect();
     let error = mean_difference(&got[0].prompt, &want);
-    // A random model magnifies what is lost.
+    // A random model magnifies what is lost: to round its weights to bfloat16 alone costs 0.025 to 0.036.
     let limit = match kv_dtype {
-        KvDtype::Bf16 => 0.05,
+        KvDtype::Bf16 => 0.07,
         KvDtype::Int8 => 0.1,
         KvDtype::Fp8 => 0.3,
     };
