@@ -98,9 +98,33 @@ impl CudaExecutor {
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, CudaError> {
         let device = Device::open(config.device)?;
+        let path = Path::best(&device);
+        Self::load_on(device, path, checkpoint, config, progress)
+    }
+
+    /// The same with the kernels that run on every GPU, whatever this one has: to test what other GPUs run.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_portable(
+        checkpoint: &dyn Checkpoint,
+        config: &CudaConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, CudaError> {
+        let device = Device::open(config.device)?;
+        Self::load_on(device, Path::Portable, checkpoint, config, progress)
+    }
+
+    fn load_on(
+        device: Device,
+        path: Path,
+        checkpoint: &dyn Checkpoint,
+        config: &CudaConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, CudaError> {
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let needs = WeightPlan::new(checkpoint, &model, Path::best(&device))?;
+        let needs = WeightPlan::new(checkpoint, &model, path)?;
         let weights_arena = Arena::new(&device, WEIGHTS, needs.bytes)?;
         let weight_bytes = weights_arena.size();
         let loader = CudaLoader::new(weights_arena)?;
@@ -111,11 +135,11 @@ impl CudaExecutor {
         let weights_arena = loader.finish()?;
         let plan = Plan::new(&device, &model, config, weight_bytes, &needs)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
-        let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
+        let pools = KvPools::new(&device, path, &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
         let stream = Stream::new(&device, Priority::High)?;
         let shared = Arc::new(Shared {
-            kernels: Kernels::load(&device)?,
+            kernels: Kernels::load(&device, path)?,
             pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,

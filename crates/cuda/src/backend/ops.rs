@@ -33,12 +33,12 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
+    pub(crate) fn load(device: &Device, path: Path) -> Result<Self, CudaError> {
         Ok(Self {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
-            linear: Linear::load(device, Path::best(device))?,
+            linear: Linear::load(device, path)?,
             rope: Rope::load(device)?,
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,

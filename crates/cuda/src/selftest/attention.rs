@@ -1,3 +1,5 @@
+mod small;
+
 use std::cell::Cell;
 use std::ops::Range;
 use std::thread;
@@ -12,6 +14,8 @@ use crate::kernels::{
     Attention, AttentionModel, AttentionStep, DecodeScratch, KvDtype, KvShape, Path, Sequence,
     UnpackBlocks,
 };
+
+pub(super) use small::small;
 
 /// Weights and outputs rounded to bfloat16.
 const LIMIT: f64 = 6e-3;
@@ -98,25 +102,36 @@ impl Case {
         let block_size = lab.pick(&[16, 16, 32, 48, 64, 128, 256]);
         let count = 1 + lab.below(3);
         let lengths: Vec<u32> = (0..count).map(|_| 1 + lab.below(longest) as u32).collect();
-        let blocks: u32 = lengths.iter().map(|n| n.div_ceil(block_size)).sum();
+        let group = lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]);
+        let shape = KvShape::new(dtype, 0, kv_heads, block_size, head_dim);
+        let mut case = Self::new(lab, shape, group, lengths);
+        case.model.softcap = (lab.below(4) == 0).then_some(20.0);
+        case.window = (lab.below(2) == 0).then(|| 1 + lab.below(longest) as u32);
+        case
+    }
+
+    /// Sequences of these lengths; `group` query heads per key/value head of `shape`.
+    fn new(lab: &mut Lab, shape: KvShape, group: u32, lengths: Vec<u32>) -> Self {
+        let in_blocks = |n: &u32| n.div_ceil(shape.block_size);
         // Some blocks are nobody's.
-        let mut free: Vec<u32> = (0..blocks + 3).collect();
+        let blocks = lengths.iter().map(in_blocks).sum::<u32>() + 3;
+        let mut free: Vec<u32> = (0..blocks).collect();
         let tables = lengths.iter().map(|n| {
             let mut take = || free.swap_remove(lab.below(free.len()));
-            (0..n.div_ceil(block_size)).map(|_| take()).collect()
+            (0..in_blocks(n)).map(|_| take()).collect()
         });
         let tables = tables.collect();
-        let shape = KvShape::new(dtype, blocks + 3, kv_heads, block_size, head_dim);
+        let shape = shape.with(shape.dtype(), blocks);
         Self {
             seed: lab.random(),
             values: shape,
             model: AttentionModel {
-                heads: kv_heads * lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]),
+                heads: shape.kv_heads * group,
                 shape,
-                scale: (head_dim as f32).powf(-0.5),
-                softcap: (lab.below(4) == 0).then_some(20.0),
+                scale: (shape.head_dim as f32).powf(-0.5),
+                softcap: None,
             },
-            window: (lab.below(2) == 0).then(|| 1 + lab.below(longest) as u32),
+            window: None,
             lengths,
             tables,
         }

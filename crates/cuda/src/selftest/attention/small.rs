@@ -1,0 +1,59 @@
+use super::{Bench, Case, Chunk, DTYPES, Kind, LIMIT, distance, paths};
+use crate::CudaError;
+use crate::kernels::KvShape;
+use crate::selftest::lab::{Lab, Report};
+
+/// Sequences of one tile of positions: with three key/value heads more work than there are SMs.
+const SHORT: usize = 50;
+
+/// The last tokens of the long sequence, which see two splits on Hopper and five elsewhere: two tiles of query rows.
+const LAST: u32 = 70;
+
+/// What the sanitizer, which runs a thousand times slower, gets through: each kernel for heads of `HEAD_DIM`
+/// elements once.
+pub(in crate::selftest) fn small<const HEAD_DIM: u32>(
+    lab: &mut Lab,
+) -> Result<Vec<Report>, CudaError> {
+    let mut reports = Vec::new();
+    for (dtype, dtype_name) in DTYPES {
+        let mut lengths = vec![1100];
+        lengths.extend((0..SHORT).map(|_| 1 + lab.below(30) as u32));
+        let case = Case::new(lab, KvShape::new(dtype, 0, 3, 16, HEAD_DIM), 2, lengths);
+        let expected = case.expected();
+        for (path, name) in paths(lab.device()) {
+            lab.clear()?;
+            let bench = Bench::new(lab, path, &case)?;
+            for (kind, what, last) in [
+                (Kind::Prefill, "prefill", LAST),
+                (Kind::Decode, "decode", 1),
+            ] {
+                let chunks = last_tokens(&case, last);
+                let outs = bench.run(lab, kind, &chunks)?;
+                let pairs = chunks.iter().zip(outs).zip(&expected);
+                let errors = pairs.map(|((chunk, out), expected)| {
+                    let want = expected.last().expect("the last position is compared");
+                    let row = (chunk.tokens as usize - 1) * case.width();
+                    distance(&out[row..], want)
+                });
+                let errors: Vec<f64> = errors.collect();
+                let name = format!("small attention {HEAD_DIM}{dtype_name} ({name}), {what}");
+                reports.push(lab.report(&name, &errors, LIMIT));
+            }
+        }
+    }
+    Ok(reports)
+}
+
+/// Of each sequence its last tokens, at most so many.
+fn last_tokens(case: &Case, most: u32) -> Vec<Chunk> {
+    let lengths = case.lengths.iter().enumerate();
+    let chunks = lengths.map(|(sequence, &length)| {
+        let tokens = length.min(most);
+        Chunk {
+            sequence,
+            position: length - tokens,
+            tokens,
+        }
+    });
+    chunks.collect()
+}
