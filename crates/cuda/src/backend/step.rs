@@ -5,7 +5,10 @@ use super::packer::Packer;
 use super::slots::Slots;
 use crate::CudaError;
 use crate::driver::Slice;
-use crate::kernels::{Attention, AttentionStep, LAST, NONE, NOWHERE, Sequence, Want, Work};
+use crate::kernels::{
+    ALL_BLOCKS, Attention, AttentionStep, DecodeWork, LAST, NONE, NOWHERE, Sequence, Sharer, Want,
+    Work,
+};
 
 /// A step, described on the host.
 #[derive(Debug, Default)]
@@ -26,7 +29,7 @@ pub(crate) struct HostStep {
     /// Rows with given tokens: prompts, whole or in chunks.
     prompts: Vec<Prompt>,
     /// Rows that go on from the last sampled token.
-    decodes: Vec<Sequence>,
+    decodes: Vec<Decode>,
     pub(crate) wants: Vec<Want>,
     /// Index of each wanted position's token.
     picks: Vec<u32>,
@@ -46,6 +49,12 @@ struct Prompt {
     local: LocalBlocks,
 }
 
+#[derive(Debug)]
+struct Decode {
+    sequence: Sequence,
+    blocks: BlockIds,
+}
+
 /// The attention work of a step, for one window.
 #[derive(Debug, Default)]
 struct HostLists {
@@ -56,17 +65,19 @@ struct HostLists {
     decodes: Vec<WorkList>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct PromptList {
     work: Vec<Work>,
+    /// How many blocks may do it.
+    blocks: u32,
     /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
     unpacked: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 #[derive(Debug, Default)]
 struct WorkList {
-    work: Vec<Work>,
-    /// What follows is padding.
+    list: DecodeWork,
+    /// What work follows is padding.
     count: u32,
 }
 
@@ -188,7 +199,10 @@ impl HostStep {
             }
             Input::Last => {
                 self.tokens.push(LAST | row.slot.0);
-                self.decodes.push(sequence);
+                self.decodes.push(Decode {
+                    sequence,
+                    blocks: row.blocks.clone(),
+                });
                 row.slot.0
             }
         };
@@ -229,7 +243,6 @@ impl HostStep {
             table: s.table + further,
             ..*s
         };
-        let decodes: Vec<Sequence> = self.decodes.iter().map(in_pool).collect();
         let mut lists = HostLists {
             window,
             ..HostLists::default()
@@ -239,27 +252,41 @@ impl HostStep {
             Some(room) => lists.prompts = self.unpacked_prompts(d, local, room),
             None => {
                 let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
-                let (prompts, mut list) = (prompts.collect::<Vec<_>>(), PromptList::default());
-                d.attention.prefill_work(&prompts, window, &mut list.work);
-                lists.prompts.push(list);
+                let (prompts, mut work) = (prompts.collect::<Vec<_>>(), Vec::new());
+                d.attention.prefill_work(&prompts, window, &mut work);
+                lists.prompts.push(PromptList {
+                    work,
+                    blocks: ALL_BLOCKS,
+                    unpacked: None,
+                });
             }
         }
+        let decodes = self.decodes.iter();
+        let decodes: Vec<_> = decodes
+            .map(|decode| (in_pool(&decode.sequence), &decode.blocks[..]))
+            .collect();
         let mut rest = &decodes[..];
         while !rest.is_empty() {
             // As many sequences as fit; one always does.
-            let (mut work, mut count) = (Vec::new(), rest.len());
+            let (mut list, mut count) = (DecodeWork::default(), rest.len());
             loop {
-                d.attention.decode_work(&rest[..count], window, &mut work);
-                if work.len() <= d.max_works || count == 1 {
+                d.attention.decode_work(&rest[..count], window, &mut list);
+                if list.sharers.len() <= d.max_works || count == 1 {
                     break;
                 }
                 count = count.div_ceil(2);
             }
             lists.decodes.push(WorkList {
-                count: work.len() as u32,
-                work,
+                count: list.work.len() as u32,
+                list,
             });
             rest = &rest[count..];
+        }
+        // The last prompts and the first decodes run side by side.
+        if let (Some(prompts), Some(decodes)) = (lists.prompts.last_mut(), lists.decodes.first()) {
+            prompts.blocks = d
+                .attention
+                .prefill_blocks(&prompts.work, &decodes.list, window);
         }
         lists
     }
@@ -313,6 +340,7 @@ impl HostStep {
             d.attention.prefill_work(&sequences, window, &mut work);
             lists.push(PromptList {
                 work,
+                blocks: ALL_BLOCKS,
                 unpacked: Some((blocks, tables)),
             });
             rest = &rest[sequences.len()..];
@@ -360,7 +388,9 @@ impl HostStep {
         }
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
             lists.decodes.resize_with(1, WorkList::default);
-            lists.decodes[0].work.resize(d.max_works, Work::default());
+            let list = &mut lists.decodes[0].list;
+            list.work.resize(d.max_works, Work::default());
+            list.sharers.resize(d.max_works, Sharer::default());
         }
     }
 
@@ -393,28 +423,35 @@ impl HostStep {
 
 impl HostLists {
     fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
-        let pack = |packer: &mut Packer, tables, work: &[Work], count: u32| {
-            Ok::<_, CudaError>(AttentionStep {
-                tables,
-                work: packer.put(work)?,
-                works: packer.put(&[count])?,
-                window: self.window,
-            })
-        };
         let mut lists = AttentionLists {
             prompts: Vec::new(),
             decodes: Vec::new(),
         };
-        for PromptList { work, unpacked } in &self.prompts {
-            let (blocks, tables) = match unpacked {
+        for list in &self.prompts {
+            let (blocks, tables) = match &list.unpacked {
                 Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
                 None => (Slice::null(), tables),
             };
-            let step = pack(packer, tables, work, work.len() as u32)?;
+            let step = AttentionStep {
+                tables,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[list.work.len() as u32, list.blocks])?,
+                sharers: Slice::null(),
+                window: self.window,
+                beside: false,
+            };
             lists.prompts.push(PromptStep { blocks, step });
         }
-        for WorkList { work, count } in &self.decodes {
-            lists.decodes.push(pack(packer, tables, work, *count)?);
+        for WorkList { list, count } in &self.decodes {
+            lists.decodes.push(AttentionStep {
+                tables,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[*count, ALL_BLOCKS])?,
+                sharers: packer.put(&list.sharers)?,
+                window: self.window,
+                // The next lists' decodes use the same scratch memory.
+                beside: !self.prompts.is_empty() && lists.decodes.is_empty(),
+            });
         }
         Ok(lists)
     }

@@ -2,6 +2,7 @@ use std::cmp::Reverse;
 use std::ffi::c_void;
 
 use half::bf16;
+use spate_types::BlockId;
 
 use super::{KvShape, image};
 use crate::CudaError;
@@ -35,6 +36,18 @@ pub struct Work {
 
 // SAFETY: numbers, laid out as in attention.cuh.
 unsafe impl Plain for Work {}
+
+/// A sequence that computes one new token, in the work of one of its splits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Sharer {
+    token: u32,
+    position: u32,
+    slot: u32,
+}
+
+// SAFETY: numbers, laid out as in attention.cuh.
+unsafe impl Plain for Sharer {}
 
 impl Sequence {
     fn work(&self, part: u32) -> Work {
@@ -93,10 +106,45 @@ pub struct AttentionStep {
     pub tables: Slice<u32>,
     /// From [`Attention::prefill_work`] or [`Attention::decode_work`], for the same window.
     pub work: Slice<Work>,
-    /// How many of `work` there are, one word: not an argument, so that a captured graph can vary it.
+    /// How many of `work` there are, and [how many blocks](Attention::prefill_blocks) may do it: not
+    /// arguments, so that a captured graph can vary them.
     pub works: Slice<u32>,
+    /// Of decoding.
+    pub sharers: Slice<Sharer>,
+    /// Of decoding: it may run beside the attention of prompts that was queued just before.
+    pub beside: bool,
     /// A query sees that many positions up to its own; all of them if `None`.
     pub window: Option<u32>,
+}
+
+/// What [`Attention::decode_work`] lists.
+#[derive(Debug, Clone, Default)]
+pub struct DecodeWork {
+    /// The work.
+    pub work: Vec<Work>,
+    /// Who shares it: of each work some neighbours, which are at least one.
+    pub sharers: Vec<Sharer>,
+    /// Partial results: as many as `sharers`.
+    slots: u32,
+}
+
+impl DecodeWork {
+    fn clear(&mut self) {
+        self.work.clear();
+        self.sharers.clear();
+        self.slots = 0;
+    }
+
+    fn push(&mut self, sharers: &[Sharer], position: u32, table: u32, part: u32) {
+        self.work.push(Work {
+            token: self.sharers.len() as u32,
+            tokens: sharers.len() as u32,
+            position,
+            table,
+            part,
+        });
+        self.sharers.extend(sharers);
+    }
 }
 
 /// Room for the partial results of a decode step.
@@ -131,6 +179,7 @@ pub struct Attention {
     prefill: Option<Kernel>,
     decode: Kernel,
     hopper: Option<Hopper>,
+    sms: u32,
 }
 
 /// How the Hopper kernels read the cache.
@@ -150,6 +199,7 @@ struct Arguments {
     tables: u64,
     work: u64,
     works: u64,
+    sharers: u64,
     partial_out: u64,
     partial_sum: u64,
     counters: u64,
@@ -161,6 +211,7 @@ struct Arguments {
     scale: f32,
     cap_in: f32,
     cap_out: f32,
+    beside: u32,
 }
 
 // SAFETY: laid out as AttentionArgs of attention.cuh.
@@ -176,7 +227,12 @@ struct HopperSizes {
     consumers: u32,
 }
 
+/// Says that work is for as many blocks as there are.
+pub const ALL_BLOCKS: u32 = u32::MAX;
+
 const HOPPER_SPLIT: u32 = 1024;
+/// Query rows of a tile when decoding.
+const HOPPER_DECODE_ROWS: u32 = 64;
 const PORTABLE_SPLIT: u32 = 256;
 /// Stages of keys and of values.
 const HOPPER_STAGES: u32 = 2;
@@ -210,7 +266,7 @@ impl HopperSizes {
             consumers * 64 * head_dim * 4
         };
         let barriers = (4 * HOPPER_STAGES + 2 * consumers) * 8;
-        let tasks = consumers * 44;
+        let tasks = consumers * 40;
         let without = queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks;
         // Codes of a tile, and two barriers.
         let slot = self.tile * (head_dim + head_dim / 8) + 16;
@@ -333,6 +389,7 @@ impl Attention {
             prefill,
             decode,
             hopper,
+            sms: device.sms(),
         })
     }
 
@@ -382,24 +439,107 @@ impl Attention {
             let tiles = (s.tokens * group).div_ceil(rows);
             work.extend((0..tiles).map(|part| s.work(part)));
         }
-        let positions = |w: &Work| {
-            let end = ((w.part + 1) * rows).div_ceil(group).min(w.tokens);
-            (w.position + end).min(window.unwrap_or(u32::MAX))
-        };
-        work.sort_by_key(|w| Reverse(positions(w)));
+        work.sort_by_key(|w| Reverse(self.prefill_positions(w, window)));
     }
 
-    /// Lists the work of sequences that compute one new token each: the splits of positions that it sees.
-    pub fn decode_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
-        work.clear();
-        for s in sequences {
+    /// About how many positions a tile of query rows meets.
+    fn prefill_positions(&self, work: &Work, window: Option<u32>) -> u32 {
+        let end = ((work.part + 1) * self.tile_rows()).div_ceil(self.group());
+        (work.position + end.min(work.tokens)).min(window.unwrap_or(u32::MAX))
+    }
+
+    /// Lists the work of sequences that compute one new token each: the splits of positions that they see,
+    /// the largest first. Where sequences have the same blocks in a split, it is read once for all.
+    pub fn decode_work(
+        &self,
+        sequences: &[(Sequence, &[BlockId])],
+        window: Option<u32>,
+        list: &mut DecodeWork,
+    ) {
+        let (split, most) = (self.split(), self.most_sharers(window));
+        let mut shareable = Vec::new();
+        list.clear();
+        for (s, blocks) in sequences {
             let end = s.position + 1;
-            let first = window.map_or(0, |window| end.saturating_sub(window)) / self.split();
-            work.extend((first..end.div_ceil(self.split())).map(|part| s.work(part)));
+            let first = window.map_or(0, |window| end.saturating_sub(window)) / split;
+            for part in first..end.div_ceil(split) {
+                let sharer = Sharer {
+                    token: s.token,
+                    position: s.position,
+                    slot: list.slots,
+                };
+                if most > 1 && (part + 1) * split <= end {
+                    let blocks = self.blocks_of(part, blocks);
+                    shareable.push((part, blocks, s.table, sharer));
+                } else {
+                    list.push(&[sharer], s.position, s.table, part);
+                }
+            }
+            list.slots += end.div_ceil(split) - first;
+        }
+        // Equal blocks become neighbours. Nearly always their ends tell them apart.
+        let key = |&(part, blocks, ..): &(u32, &[BlockId], u32, Sharer)| {
+            (part, blocks.first().copied(), blocks.last().copied())
+        };
+        shareable.sort_by_key(key);
+        for same in shareable.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
+            for shared in same.chunks(most) {
+                let (part, _, table, sharer) = shared[0];
+                let position = match shared.len() {
+                    1 => sharer.position,
+                    _ => (part + 1) * split - 1,
+                };
+                let sharers: Vec<Sharer> = shared.iter().map(|s| s.3).collect();
+                list.push(&sharers, position, table, part);
+            }
+        }
+        list.work.sort_by_key(|w| Reverse(self.decode_positions(w)));
+    }
+
+    /// The blocks of a split.
+    fn blocks_of<'a>(&self, part: u32, blocks: &'a [BlockId]) -> &'a [BlockId] {
+        let block_size = self.model.shape.block_size;
+        let first = part * self.split() / block_size;
+        let end = ((part + 1) * self.split()).div_ceil(block_size);
+        &blocks[first as usize..end as usize]
+    }
+
+    /// Positions of a split up to the query's own.
+    fn decode_positions(&self, work: &Work) -> u32 {
+        (work.position + 1 - work.part * self.split()).min(self.split())
+    }
+
+    /// How many sequences may share the work of a split.
+    fn most_sharers(&self, window: Option<u32>) -> usize {
+        match (&self.hopper, window) {
+            (Some(_), None) => (HOPPER_DECODE_ROWS / self.group()) as usize,
+            // Elsewhere a tile has 16 rows. With a window hardly anything is shared that all see.
+            _ => 1,
         }
     }
 
-    /// Room for decode steps with up to that much work; [`DecodeScratch::reset`] it before the first.
+    /// How many blocks should compute prompts beside decoding: prompts are bound by arithmetic, and
+    /// decoding by memory, which half of the SMs can keep busy. `decodes` is empty if nothing decodes.
+    pub fn prefill_blocks(
+        &self,
+        prompts: &[Work],
+        decodes: &DecodeWork,
+        window: Option<u32>,
+    ) -> u32 {
+        // In these units a tile and position of prompts take a Hopper GPU about as long as a position of a
+        // split; and to begin and end a tile as long as some positions more.
+        const TILE: u32 = 256;
+        let prompts = prompts
+            .iter()
+            .map(|w| self.prefill_positions(w, window) + TILE);
+        let decodes = decodes.work.iter().map(|w| self.decode_positions(w));
+        match prompts.sum::<u32>() < decodes.sum() {
+            true => self.sms / 2,
+            false => ALL_BLOCKS,
+        }
+    }
+
+    /// Room for decode steps with up to so many [sharers](DecodeWork::sharers); [`DecodeScratch::reset`] it before the first.
     ///
     /// # Errors
     /// When the arena is too small.
@@ -442,7 +582,7 @@ impl Attention {
         let q_stride = (heads + 2 * shape.kv_heads) * shape.head_dim;
         let tokens = qkv.len() / q_stride as usize;
         assert!(out.len() >= tokens * (heads * shape.head_dim) as usize);
-        assert!(step.works.len() == 1);
+        assert!(step.works.len() == 2);
         const UNLIMITED: u32 = i32::MAX as u32;
         let window = step
             .window
@@ -460,6 +600,7 @@ impl Attention {
             tables: step.tables.address(),
             work: step.work.address(),
             works: step.works.address(),
+            sharers: step.sharers.address(),
             partial_out: scratch.map_or(0, |s| s.out.address()),
             partial_sum: scratch.map_or(0, |s| s.sums.address()),
             counters: scratch.map_or(0, |s| s.counters.address()),
@@ -471,6 +612,7 @@ impl Attention {
             scale,
             cap_in,
             cap_out,
+            beside: (step.beside && self.hopper.is_some()).into(),
         }
     }
 
@@ -524,7 +666,8 @@ impl Attention {
     /// When the device is lost.
     ///
     /// # Safety
-    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile.
+    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile. If it runs beside prompts, their
+    /// attention is what was queued last on the stream.
     ///
     /// # Panics
     /// If a buffer is too small.
@@ -537,7 +680,7 @@ impl Attention {
         qkv: Slice<bf16>,
         out: Slice<bf16>,
     ) -> Result<(), CudaError> {
-        assert!(step.work.len() <= scratch.works, "decode scratch");
+        assert!(step.sharers.len() <= scratch.works, "decode scratch");
         let arguments = self.arguments(step, layer, qkv, out, Some(scratch));
         let dim = self.model.shape.head_dim;
         match &self.hopper {
@@ -599,8 +742,9 @@ mod tests {
     /// What attention.cuh declares.
     #[test]
     fn what_kernels_read_has_their_layout() {
-        assert_eq!((size_of::<Work>(), size_of::<Arguments>()), (20, 128));
-        assert_eq!(std::mem::offset_of!(Arguments, shape), 72);
+        assert_eq!((size_of::<Work>(), size_of::<Sharer>()), (20, 12));
+        assert_eq!(size_of::<Arguments>(), 136);
+        assert_eq!(std::mem::offset_of!(Arguments, shape), 80);
     }
 
     #[test]

@@ -24,7 +24,8 @@ mod step_io;
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
 pub use attention::{
-    Attention, AttentionModel, AttentionStep, DecodeScratch, Path, Sequence, Work,
+    ALL_BLOCKS, Attention, AttentionModel, AttentionStep, DecodeScratch, DecodeWork, Path,
+    Sequence, Sharer, Work,
 };
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
