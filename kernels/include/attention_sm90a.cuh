@@ -10,6 +10,7 @@
 
 constexpr int STAGES = 2;
 constexpr int MAX_SLOTS = 8;
+constexpr int DEALS = 4;  // works that the first warp of a decoding block may be ahead of the others
 constexpr int SHARED_LIMIT = 226 * 1024;  // and up to 1 KiB that is not dynamic
 // A decode step of one long sequence wants short splits, to spread over the SMs; prefill wants few merges.
 constexpr uint32_t SPLIT = 1024;
@@ -42,12 +43,14 @@ struct Shape {
   static constexpr int SLOTS_AT = TOTALS_AT + (DECODE ? 0 : ROWS * HD * 4);
   // A slot holds the codes of a tile of keys or values; at most one scale per 16 elements.
   static constexpr int SLOT = N * (HD + HD / 8);
-  static constexpr int BARRIERS = 4 * STAGES + 2 * CONSUMERS, TASKS = CONSUMERS * static_cast<int>(sizeof(Task));
-  static constexpr int FIT = (SHARED_LIMIT - SLOTS_AT - 8 * BARRIERS - TASKS) / (SLOT + 16);
+  static constexpr int DEALS_AT = 4 * STAGES + 2 * CONSUMERS, BARRIERS = DEALS_AT + (DECODE ? 2 * DEALS : 0);
+  static constexpr int TASKS = CONSUMERS * static_cast<int>(sizeof(Task)), DEALT = DECODE ? 4 * DEALS : 0;
+  static constexpr int FIT = (SHARED_LIMIT - SLOTS_AT - 8 * BARRIERS - TASKS - DEALT) / (SLOT + 16);
   static constexpr int SLOTS = PACKED ? (FIT < MAX_SLOTS ? FIT : MAX_SLOTS) : 0;
   static constexpr int BARRIERS_AT = SLOTS_AT + SLOTS * SLOT;
   static constexpr int TASKS_AT = BARRIERS_AT + 8 * BARRIERS + 16 * SLOTS;
-  static constexpr int SHARED_BYTES = TASKS_AT + TASKS;
+  static constexpr int DEALT_AT = TASKS_AT + TASKS;
+  static constexpr int SHARED_BYTES = DEALT_AT + DEALT;
   static_assert(SHARED_BYTES <= SHARED_LIMIT);
   static constexpr uint32_t TILES_PER_SPLIT = SPLIT / N;
 };
@@ -64,6 +67,13 @@ struct Ring {
       parity ^= 1;
     }
   }
+};
+
+// How many works a warp has taken, and where it finds the next.
+struct Taken {
+  uint32_t count = 0;
+  uint32_t next = blockIdx.x;  // of the warp that deals
+  Ring<DEALS> deal;
 };
 
 // The two consumers' turns on the tensor cores. The identifiers are literals: see warpgroup_barrier.
@@ -118,6 +128,9 @@ struct Attention {
   __device__ __forceinline__ uint32_t slot_full(int slot) const { return barrier(S::BARRIERS + slot); }
   __device__ __forceinline__ uint32_t slot_empty(int slot) const { return barrier(S::BARRIERS + S::SLOTS + slot); }
 
+  __device__ __forceinline__ uint32_t deal_full(int deal) const { return barrier(S::DEALS_AT + deal); }
+  __device__ __forceinline__ uint32_t deal_empty(int deal) const { return barrier(S::DEALS_AT + DEALS + deal); }
+
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < STAGES; stage++) {
       barrier_init(keys_full(stage), S::PACKED ? 4 * S::UNPACKERS : 1);
@@ -133,17 +146,22 @@ struct Attention {
       barrier_init(slot_full(slot), 32);
       barrier_init(slot_empty(slot), 4 * S::UNPACKERS);
     }
+    for (int deal = 0; S::DECODE && deal < DEALS; deal++) {
+      barrier_init(deal_full(deal), 1);
+      barrier_init(deal_empty(deal), S::PACKED ? 2 + 4 * S::UNPACKERS : 1);  // all other warps that load or unpack
+    }
     barrier_init_fence();
   }
 
   // ---- the work
 
-  // This block's next work. Each loading warp finds it for itself.
-  __device__ __forceinline__ Task take(uint32_t& round) const {
+  static constexpr uint32_t NOWHERE = 0xffffffffu;
+
+  // This block's next work, for each warp that loads or unpacks.
+  __device__ __forceinline__ Task take(Taken& taken) const {
     Task task = {};
-    const uint2 works = *reinterpret_cast<const uint2*>(args.works);
-    uint32_t index;
-    if (!next_work(round++, works.x * args.shape.kv_heads, min(works.y, gridDim.x), index)) return task;
+    const uint32_t index = S::DECODE ? next_deal(taken) : next_tile(taken);
+    if (index == NOWHERE) return task;
     task.kv_head = index % args.shape.kv_heads;
     task.work = args.work[index / args.shape.kv_heads];
     task.first_row = S::DECODE ? 0 : task.work.part * S::ROWS;
@@ -158,6 +176,43 @@ struct Attention {
     return task;
   }
 
+  __device__ __forceinline__ uint32_t next_tile(Taken& taken) const {
+    const uint2 works = *reinterpret_cast<const uint2*>(args.works);
+    uint32_t index;
+    const uint32_t count = works.x * args.shape.kv_heads, blocks = min(works.y, gridDim.x);
+    return next_work(taken.count++, count, blocks, index) ? index : NOWHERE;
+  }
+
+  // Decoding blocks take works when they have room for them: some begin late, beside prompts, and works differ
+  // in length. The first warp takes, and tells the others.
+  __device__ __forceinline__ uint32_t next_deal(Taken& taken) const {
+    const Ring<DEALS> deal = taken.deal;
+    volatile uint32_t* const dealt = reinterpret_cast<uint32_t*>(shared_pointer + S::DEALT_AT) + deal.stage;
+    uint32_t index = NOWHERE;
+    taken.deal.advance();
+    if (threadIdx.x < 32) {
+      if (threadIdx.x == 0) {
+        if (taken.next < *args.works * args.shape.kv_heads) index = taken.next;
+        // The last block leaves the queue as it was.
+        if (index == NOWHERE && atomicInc(args.queue + 1, gridDim.x - 1) == gridDim.x - 1) *args.queue = 0;
+        barrier_wait(deal_empty(deal.stage), deal.parity ^ 1);
+        *dealt = index;
+        barrier_arrive(deal_full(deal.stage));
+      }
+      return __shfl_sync(0xffffffffu, index, 0);
+    }
+    barrier_wait(deal_full(deal.stage), deal.parity);
+    index = *dealt;
+    __syncwarp();
+    release(deal_empty(deal.stage));
+    return index;
+  }
+
+  // Takes the next work while the last copies of this one wait for room.
+  __device__ __forceinline__ void reserve(Taken& taken, bool last_tile) const {
+    if (S::DECODE && last_tile && threadIdx.x == 0) taken.next = gridDim.x + atomicAdd(args.queue, 1);
+  }
+
   // Position of a row of the tile; of rows behind the last token, what it would be. Sharers of a split see
   // all of it, as if they were at its last position.
   __device__ __forceinline__ uint32_t position(const Task& task, uint32_t row) const {
@@ -168,18 +223,17 @@ struct Attention {
     return reinterpret_cast<Task*>(shared_pointer + S::TASKS_AT)[consumer];
   }
 
-  static constexpr uint32_t NOWHERE = 0xffffffffu;
-
   // ---- loading
 
   __device__ __forceinline__ void load_keys_and_values() const {
     Ring<STAGES> ring;
-    uint32_t round = 0;
-    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+    Taken taken;
+    for (Task task = take(taken); task.end_tile != 0; task = take(taken)) {
       const bool again = !S::DECODE || task.work.tokens > 1;
       uint32_t next = find_block(task, task.first_tile, box_rows);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t block = next;
+        reserve(taken, tile + 1 == task.end_tile);
         next = find_block(task, tile + 1, box_rows);  // on its way while this tile's copies wait for room
         const int row = cache_row(task, tile, block);
         load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row, again);
@@ -227,11 +281,12 @@ struct Attention {
   __device__ __forceinline__ void load_codes(int which) const {
     Ring<S::SLOTS> slot;
     if (which == 1) slot.advance();
-    uint32_t round = 0;
-    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+    Taken taken;
+    for (Task task = take(taken); task.end_tile != 0; task = take(taken)) {
       uint32_t next = find_block(task, task.first_tile, 16);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t block = next;
+        reserve(taken, tile + 1 == task.end_tile);
         next = find_block(task, tile + 1, 16);
         barrier_wait(slot_empty(slot.stage), slot.parity ^ 1);
         load_slot(task, tile, block, which, slot.stage);
@@ -266,8 +321,8 @@ struct Attention {
   __device__ __forceinline__ void unpack_tiles() const {
     Ring<STAGES> ring;
     Ring<S::SLOTS> slot;
-    uint32_t round = 0;
-    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+    Taken taken;
+    for (Task task = take(taken); task.end_tile != 0; task = take(taken)) {
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t valid = task.end - tile * N, stage = ring.stage * S::KV_TILE;
         barrier_wait(keys_empty(ring.stage), ring.parity ^ 1);
@@ -342,10 +397,10 @@ struct Attention {
   // One warp per consumer, which it also tells what the work is.
   __device__ __forceinline__ void load_queries(int consumer) const {
     Ring<1> ring;
-    uint32_t round = 0;
+    Taken taken;
     bool more = true;
     while (more) {
-      const Task task = take(round);
+      const Task task = take(taken);
       more = task.end_tile != 0;
       // A lane finds two rows for all, and has them brought to L2 while the work before is still running.
       uint32_t rows[2];

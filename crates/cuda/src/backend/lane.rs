@@ -334,14 +334,14 @@ impl Drop for Lane {
     }
 }
 
-fn describe<'a>(shared: &'a Shared, slots: &Slots, max_works: usize) -> Describe<'a> {
+fn describe(shared: &Shared, slots: &Slots, max_works: usize) -> Describe {
     let local = shared.config.local.as_ref();
     let further = match shared.pools.local {
         Some(_) => slots.local_tables(),
         None => 0,
     };
     Describe {
-        attention: &shared.pools.main.attention,
+        tiling: shared.pools.main.attention.tiling(),
         max_works,
         block_size: shared.pools.main.shape.block_size,
         unpacked: shared.pools.unpacked_blocks(),

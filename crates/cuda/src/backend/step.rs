@@ -6,7 +6,7 @@ use super::slots::Slots;
 use crate::CudaError;
 use crate::driver::Slice;
 use crate::kernels::{
-    ALL_BLOCKS, Attention, AttentionStep, DecodeWork, LAST, NONE, NOWHERE, Sequence, Sharer, Want,
+    ALL_BLOCKS, AttentionStep, DecodeWork, LAST, NONE, NOWHERE, Sequence, Sharer, Tiling, Want,
     Work,
 };
 
@@ -116,8 +116,8 @@ pub(crate) struct PromptStep {
 }
 
 /// What the description of a step depends on.
-pub(crate) struct Describe<'a> {
-    pub(crate) attention: &'a Attention,
+pub(crate) struct Describe {
+    pub(crate) tiling: Tiling,
     /// Work that fits into the decode scratch.
     pub(crate) max_works: usize,
     pub(crate) block_size: u32,
@@ -156,13 +156,7 @@ impl HostStep {
     }
 
     /// Describes a batch whose shape was checked and whose slots are bound.
-    pub(crate) fn fill(
-        &mut self,
-        ticket: Ticket,
-        batch: &Batch,
-        slots: &mut Slots,
-        d: &Describe<'_>,
-    ) {
+    pub(crate) fn fill(&mut self, ticket: Ticket, batch: &Batch, slots: &mut Slots, d: &Describe) {
         self.clear();
         self.ticket = ticket.0 + 1;
         let pairs = |copies: &[BlockCopy]| {
@@ -234,7 +228,7 @@ impl HostStep {
         }
     }
 
-    fn lists(&self, d: &Describe<'_>, local: Option<LocalTables>) -> HostLists {
+    fn lists(&self, d: &Describe, local: Option<LocalTables>) -> HostLists {
         let (window, further) = match local {
             Some(local) => (Some(local.window), local.further),
             None => (None, 0),
@@ -253,7 +247,7 @@ impl HostStep {
             None => {
                 let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
                 let (prompts, mut work) = (prompts.collect::<Vec<_>>(), Vec::new());
-                d.attention.prefill_work(&prompts, window, &mut work);
+                d.tiling.prefill_work(&prompts, window, &mut work);
                 lists.prompts.push(PromptList {
                     work,
                     blocks: ALL_BLOCKS,
@@ -270,7 +264,7 @@ impl HostStep {
             // As many sequences as fit; one always does.
             let (mut list, mut count) = (DecodeWork::default(), rest.len());
             loop {
-                d.attention.decode_work(&rest[..count], window, &mut list);
+                d.tiling.decode_work(&rest[..count], window, &mut list);
                 if list.sharers.len() <= d.max_works || count == 1 {
                     break;
                 }
@@ -285,8 +279,8 @@ impl HostStep {
         // The last prompts and the first decodes run side by side.
         if let (Some(prompts), Some(decodes)) = (lists.prompts.last_mut(), lists.decodes.first()) {
             prompts.blocks = d
-                .attention
-                .prefill_blocks(&prompts.work, &decodes.list, window);
+                .tiling
+                .prefill_blocks(&prompts.work, &decodes.list.work, window);
         }
         lists
     }
@@ -294,7 +288,7 @@ impl HostStep {
     /// Prompts that read unpacked blocks: as many at a time as there is room for.
     fn unpacked_prompts(
         &self,
-        d: &Describe<'_>,
+        d: &Describe,
         local: Option<LocalTables>,
         room: u32,
     ) -> Vec<PromptList> {
@@ -337,7 +331,7 @@ impl HostStep {
                 "there is room for the longest sequence"
             );
             let mut work = Vec::new();
-            d.attention.prefill_work(&sequences, window, &mut work);
+            d.tiling.prefill_work(&sequences, window, &mut work);
             lists.push(PromptList {
                 work,
                 blocks: ALL_BLOCKS,
@@ -363,7 +357,7 @@ impl HostStep {
 
     /// Adds rows that do nothing, so that every step of that many rows is packed alike. They have no
     /// place in the cache, no attention work and no slot.
-    pub(crate) fn pad(&mut self, rows: usize, d: &Describe<'_>) {
+    pub(crate) fn pad(&mut self, rows: usize, d: &Describe) {
         for row in self.tokens.len() as u32..rows as u32 {
             self.tokens.push(0);
             self.positions.push(0);

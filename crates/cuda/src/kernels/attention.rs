@@ -1,71 +1,11 @@
-use std::cmp::Reverse;
 use std::ffi::c_void;
 
 use half::bf16;
-use spate_types::BlockId;
 
+use super::attention_work::{Sharer, Tiling, Work};
 use super::{KvShape, image};
 use crate::CudaError;
-use crate::driver::{
-    Arena, Device, Kernel, Module, Parameter, Plain, Shape, Slice, Stream, TensorMap,
-};
-
-/// What a step computes of one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sequence {
-    /// Its first token in the step.
-    pub token: u32,
-    /// How many tokens.
-    pub tokens: u32,
-    /// Position of the first.
-    pub position: u32,
-    /// Where its block table begins in the step's tables.
-    pub table: u32,
-}
-
-/// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct Work {
-    token: u32,
-    tokens: u32,
-    position: u32,
-    table: u32,
-    part: u32,
-}
-
-// SAFETY: numbers, laid out as in attention.cuh.
-unsafe impl Plain for Work {}
-
-/// A sequence that computes one new token, in the work of one of its splits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct Sharer {
-    token: u32,
-    position: u32,
-    slot: u32,
-}
-
-// SAFETY: numbers, laid out as in attention.cuh.
-unsafe impl Plain for Sharer {}
-
-impl Sequence {
-    fn work(&self, part: u32) -> Work {
-        let Self {
-            token,
-            tokens,
-            position,
-            table,
-        } = *self;
-        Work {
-            token,
-            tokens,
-            position,
-            table,
-            part,
-        }
-    }
-}
+use crate::driver::{Arena, Device, Kernel, Module, Parameter, Shape, Slice, Stream, TensorMap};
 
 /// Which kernels to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,9 +44,9 @@ pub struct AttentionModel {
 pub struct AttentionStep {
     /// Block ids of its sequences.
     pub tables: Slice<u32>,
-    /// From [`Attention::prefill_work`] or [`Attention::decode_work`], for the same window.
+    /// From [`Tiling::prefill_work`] or [`Tiling::decode_work`], for the same window.
     pub work: Slice<Work>,
-    /// How many of `work` there are, and [how many blocks](Attention::prefill_blocks) may do it: not
+    /// How many of `work` there are, and [how many blocks](Tiling::prefill_blocks) may do it: not
     /// arguments, so that a captured graph can vary them.
     pub works: Slice<u32>,
     /// Of decoding.
@@ -117,42 +57,13 @@ pub struct AttentionStep {
     pub window: Option<u32>,
 }
 
-/// What [`Attention::decode_work`] lists.
-#[derive(Debug, Clone, Default)]
-pub struct DecodeWork {
-    /// The work.
-    pub work: Vec<Work>,
-    /// Who shares it: of each work some neighbours, which are at least one.
-    pub sharers: Vec<Sharer>,
-    /// Partial results: as many as `sharers`.
-    slots: u32,
-}
-
-impl DecodeWork {
-    fn clear(&mut self) {
-        self.work.clear();
-        self.sharers.clear();
-        self.slots = 0;
-    }
-
-    fn push(&mut self, sharers: &[Sharer], position: u32, table: u32, part: u32) {
-        self.work.push(Work {
-            token: self.sharers.len() as u32,
-            tokens: sharers.len() as u32,
-            position,
-            table,
-            part,
-        });
-        self.sharers.extend(sharers);
-    }
-}
-
 /// Room for the partial results of a decode step.
 #[derive(Clone, Copy)]
 pub struct DecodeScratch {
     out: Slice<f32>,
     sums: Slice<f32>,
     counters: Slice<u32>,
+    queue: Slice<u32>,
     works: usize,
 }
 
@@ -166,7 +77,10 @@ impl DecodeScratch {
     /// The memory is alive until that has run.
     pub unsafe fn reset(&self, stream: &Stream) -> Result<(), CudaError> {
         // SAFETY: the caller vouches for the memory.
-        unsafe { stream.fill(self.counters, 0) }
+        unsafe {
+            stream.fill(self.counters, 0)?;
+            stream.fill(self.queue, 0)
+        }
     }
 }
 
@@ -203,6 +117,7 @@ struct Arguments {
     partial_out: u64,
     partial_sum: u64,
     counters: u64,
+    queue: u64,
     shape: KvShape,
     layer: u32,
     q_stride: u32,
@@ -227,8 +142,8 @@ struct HopperSizes {
     consumers: u32,
 }
 
-/// Says that work is for as many blocks as there are.
-pub const ALL_BLOCKS: u32 = u32::MAX;
+/// Works taken, blocks ended.
+const QUEUE_WORDS: usize = 2;
 
 const HOPPER_SPLIT: u32 = 1024;
 /// Query rows of a tile when decoding.
@@ -237,6 +152,8 @@ const PORTABLE_SPLIT: u32 = 256;
 /// Stages of keys and of values.
 const HOPPER_STAGES: u32 = 2;
 const PORTABLE_STAGES: u32 = 3;
+/// Works that are known before they are begun.
+const HOPPER_DEALS: u32 = 4;
 /// Most tiles of codes that a block of the Hopper kernel holds, and its shared memory.
 const HOPPER_SLOTS: u32 = 8;
 const HOPPER_SHARED: u32 = 226 << 10;
@@ -265,8 +182,9 @@ impl HopperSizes {
         } else {
             consumers * 64 * head_dim * 4
         };
-        let barriers = (4 * HOPPER_STAGES + 2 * consumers) * 8;
-        let tasks = consumers * 40;
+        let deals = if decode { HOPPER_DEALS } else { 0 };
+        let barriers = (4 * HOPPER_STAGES + 2 * consumers + 2 * deals) * 8;
+        let tasks = consumers * 40 + deals * 4;
         let without = queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks;
         // Codes of a tile, and two barriers.
         let slot = self.tile * (head_dim + head_dim / 8) + 16;
@@ -415,131 +333,35 @@ impl Attention {
         self.model.heads / self.model.shape.kv_heads
     }
 
-    /// Positions of a decode split.
-    pub fn split(&self) -> u32 {
+    /// How the work of steps is cut.
+    pub fn tiling(&self) -> Tiling {
+        let KvShape {
+            head_dim,
+            block_size,
+            ..
+        } = self.model.shape;
+        let group = self.group();
         match self.hopper {
-            Some(_) => HOPPER_SPLIT,
-            None => PORTABLE_SPLIT,
+            Some(_) => Tiling {
+                group,
+                block_size,
+                tile_rows: 64 * HopperSizes::new(head_dim).consumers,
+                split: HOPPER_SPLIT,
+                sharers: HOPPER_DECODE_ROWS / group,
+                sms: self.sms,
+            },
+            None => Tiling {
+                group,
+                block_size,
+                tile_rows: prefill_tile(head_dim).0,
+                split: PORTABLE_SPLIT,
+                sharers: 1,
+                sms: self.sms,
+            },
         }
     }
 
-    /// Query rows (a token's heads of one key/value head, token after token) of a prefill tile.
-    pub fn tile_rows(&self) -> u32 {
-        match self.hopper {
-            Some(_) => 64 * HopperSizes::new(self.model.shape.head_dim).consumers,
-            None => prefill_tile(self.model.shape.head_dim).0,
-        }
-    }
-
-    /// Lists the work of sequences that compute prompt tokens, the largest first.
-    pub fn prefill_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
-        let (rows, group) = (self.tile_rows(), self.group());
-        work.clear();
-        for s in sequences {
-            let tiles = (s.tokens * group).div_ceil(rows);
-            work.extend((0..tiles).map(|part| s.work(part)));
-        }
-        work.sort_by_key(|w| Reverse(self.prefill_positions(w, window)));
-    }
-
-    /// About how many positions a tile of query rows meets.
-    fn prefill_positions(&self, work: &Work, window: Option<u32>) -> u32 {
-        let end = ((work.part + 1) * self.tile_rows()).div_ceil(self.group());
-        (work.position + end.min(work.tokens)).min(window.unwrap_or(u32::MAX))
-    }
-
-    /// Lists the work of sequences that compute one new token each: the splits of positions that they see,
-    /// the largest first. Where sequences have the same blocks in a split, it is read once for all.
-    pub fn decode_work(
-        &self,
-        sequences: &[(Sequence, &[BlockId])],
-        window: Option<u32>,
-        list: &mut DecodeWork,
-    ) {
-        let (split, most) = (self.split(), self.most_sharers(window));
-        let mut shareable = Vec::new();
-        list.clear();
-        for (s, blocks) in sequences {
-            let end = s.position + 1;
-            let first = window.map_or(0, |window| end.saturating_sub(window)) / split;
-            for part in first..end.div_ceil(split) {
-                let sharer = Sharer {
-                    token: s.token,
-                    position: s.position,
-                    slot: list.slots,
-                };
-                if most > 1 && (part + 1) * split <= end {
-                    let blocks = self.blocks_of(part, blocks);
-                    shareable.push((part, blocks, s.table, sharer));
-                } else {
-                    list.push(&[sharer], s.position, s.table, part);
-                }
-            }
-            list.slots += end.div_ceil(split) - first;
-        }
-        // Equal blocks become neighbours. Nearly always their ends tell them apart.
-        let key = |&(part, blocks, ..): &(u32, &[BlockId], u32, Sharer)| {
-            (part, blocks.first().copied(), blocks.last().copied())
-        };
-        shareable.sort_by_key(key);
-        for same in shareable.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
-            for shared in same.chunks(most) {
-                let (part, _, table, sharer) = shared[0];
-                let position = match shared.len() {
-                    1 => sharer.position,
-                    _ => (part + 1) * split - 1,
-                };
-                let sharers: Vec<Sharer> = shared.iter().map(|s| s.3).collect();
-                list.push(&sharers, position, table, part);
-            }
-        }
-        list.work.sort_by_key(|w| Reverse(self.decode_positions(w)));
-    }
-
-    /// The blocks of a split.
-    fn blocks_of<'a>(&self, part: u32, blocks: &'a [BlockId]) -> &'a [BlockId] {
-        let block_size = self.model.shape.block_size;
-        let first = part * self.split() / block_size;
-        let end = ((part + 1) * self.split()).div_ceil(block_size);
-        &blocks[first as usize..end as usize]
-    }
-
-    /// Positions of a split up to the query's own.
-    fn decode_positions(&self, work: &Work) -> u32 {
-        (work.position + 1 - work.part * self.split()).min(self.split())
-    }
-
-    /// How many sequences may share the work of a split.
-    fn most_sharers(&self, window: Option<u32>) -> usize {
-        match (&self.hopper, window) {
-            (Some(_), None) => (HOPPER_DECODE_ROWS / self.group()) as usize,
-            // Elsewhere a tile has 16 rows. With a window hardly anything is shared that all see.
-            _ => 1,
-        }
-    }
-
-    /// How many blocks should compute prompts beside decoding: prompts are bound by arithmetic, and
-    /// decoding by memory, which half of the SMs can keep busy. `decodes` is empty if nothing decodes.
-    pub fn prefill_blocks(
-        &self,
-        prompts: &[Work],
-        decodes: &DecodeWork,
-        window: Option<u32>,
-    ) -> u32 {
-        // In these units a tile and position of prompts take a Hopper GPU about as long as a position of a
-        // split; and to begin and end a tile as long as some positions more.
-        const TILE: u32 = 256;
-        let prompts = prompts
-            .iter()
-            .map(|w| self.prefill_positions(w, window) + TILE);
-        let decodes = decodes.work.iter().map(|w| self.decode_positions(w));
-        match prompts.sum::<u32>() < decodes.sum() {
-            true => self.sms / 2,
-            false => ALL_BLOCKS,
-        }
-    }
-
-    /// Room for decode steps with up to so many [sharers](DecodeWork::sharers); [`DecodeScratch::reset`] it before the first.
+    /// Room for decode steps with up to so many [sharers](super::DecodeWork::sharers); [`DecodeScratch::reset`] it before the first.
     ///
     /// # Errors
     /// When the arena is too small.
@@ -553,6 +375,7 @@ impl Attention {
             out: arena.take(rows * self.model.shape.head_dim as usize)?,
             sums: arena.take(2 * rows)?,
             counters: arena.take(self.counters(works))?,
+            queue: arena.take(QUEUE_WORDS)?,
             works,
         })
     }
@@ -563,6 +386,7 @@ impl Attention {
         Arena::room_for::<f32>(rows * self.model.shape.head_dim as usize)
             + Arena::room_for::<f32>(2 * rows)
             + Arena::room_for::<u32>(self.counters(works))
+            + Arena::room_for::<u32>(QUEUE_WORDS)
     }
 
     fn counters(&self, works: usize) -> usize {
@@ -604,6 +428,7 @@ impl Attention {
             partial_out: scratch.map_or(0, |s| s.out.address()),
             partial_sum: scratch.map_or(0, |s| s.sums.address()),
             counters: scratch.map_or(0, |s| s.counters.address()),
+            queue: scratch.map_or(0, |s| s.queue.address()),
             shape,
             layer: layer as u32,
             q_stride,
@@ -743,8 +568,8 @@ mod tests {
     #[test]
     fn what_kernels_read_has_their_layout() {
         assert_eq!((size_of::<Work>(), size_of::<Sharer>()), (20, 12));
-        assert_eq!(size_of::<Arguments>(), 136);
-        assert_eq!(std::mem::offset_of!(Arguments, shape), 80);
+        assert_eq!(size_of::<Arguments>(), 144);
+        assert_eq!(std::mem::offset_of!(Arguments, shape), 88);
     }
 
     #[test]

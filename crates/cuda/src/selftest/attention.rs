@@ -511,7 +511,9 @@ impl<'a> Bench<'a> {
         how: How,
     ) -> Result<(Option<Attention>, AttentionStep), CudaError> {
         let (mut work, window) = (Vec::new(), self.case.window);
-        self.attention.prefill_work(prompts, window, &mut work);
+        self.attention
+            .tiling()
+            .prefill_work(prompts, window, &mut work);
         let blocks = match how {
             How::Beside(blocks) => blocks,
             _ => ALL_BLOCKS,
@@ -549,7 +551,9 @@ impl<'a> Bench<'a> {
             .iter()
             .map(|s| (*s, &ids[s.table as usize..]))
             .collect();
-        self.attention.decode_work(&decodes, window, &mut list);
+        self.attention
+            .tiling()
+            .decode_work(&decodes, window, &mut list);
         Ok(AttentionStep {
             tables: lab.upload(tables)?,
             work: lab.upload(&list.work)?,
@@ -667,7 +671,7 @@ fn check_sharing(
         let length = case.lengths[sequence];
         // The last of a split, or any; mostly the sequence's last.
         let position = match lab.below(6) {
-            0 => (lab.below(length as usize) as u32).next_multiple_of(1024) - 1,
+            0 => (1 + lab.below(length as usize) as u32).next_multiple_of(1024) - 1,
             1 => lab.below(length as usize) as u32,
             _ => length - 1,
         };

@@ -256,15 +256,15 @@ fn timed(
 
     let (prompts, decodes) = sequences.split_at(load.prompts[0] as usize);
     let (mut work, mut list) = (Vec::new(), DecodeWork::default());
-    attention.prefill_work(prompts, None, &mut work);
+    attention.tiling().prefill_work(prompts, None, &mut work);
     let ids: Vec<BlockId> = tables.iter().copied().map(BlockId).collect();
     let decodes: Vec<_> = decodes
         .iter()
         .map(|s| (*s, &ids[s.table as usize..]))
         .collect();
-    attention.decode_work(&decodes, None, &mut list);
+    attention.tiling().decode_work(&decodes, None, &mut list);
     let prefill_blocks = match load.beside {
-        true => attention.prefill_blocks(&work, &list, None),
+        true => attention.tiling().prefill_blocks(&work, &list.work, None),
         false => ALL_BLOCKS,
     };
     let scratch = lab.take(|arena| attention.take_scratch(arena, list.sharers.len()))?;
