@@ -43,7 +43,7 @@ struct AttentionArgs {
   float* partial_out;   // [slots, group, head_dim]
   float2* partial_sum;  // [slots, group]: scaled maximum and sum, see Weights::row
   uint32_t* counters;   // [slots, ceil(group / 16)]
-  uint32_t* queue;      // of the Hopper kernels: works taken, blocks ended; zero before and after
+  uint32_t* queue;      // on Hopper: works taken, blocks ended; zero before and after
   KvShape shape;
   uint32_t layer;
   uint32_t q_stride;  // elements from token to token in q

@@ -28,6 +28,7 @@ template <int HD_, int N_, int CONSUMERS_, bool DECODE_, bool PACKED_ = false>
 struct Shape {
   static constexpr int HD = HD_, N = N_, CONSUMERS = CONSUMERS_;
   static constexpr bool DECODE = DECODE_, PACKED = PACKED_;
+  static constexpr bool DEALT = DECODE && !PACKED;  // whether blocks take works as they come to need them
   static constexpr int ROWS = 64 * CONSUMERS;
   // Warpgroups that make bfloat16 of codes. Two would leave too few registers for outputs of 256 elements.
   static constexpr int UNPACKERS = PACKED ? (HD > 128 ? 1 : 2) : 0;
@@ -43,14 +44,14 @@ struct Shape {
   static constexpr int SLOTS_AT = TOTALS_AT + (DECODE ? 0 : ROWS * HD * 4);
   // A slot holds the codes of a tile of keys or values; at most one scale per 16 elements.
   static constexpr int SLOT = N * (HD + HD / 8);
-  static constexpr int DEALS_AT = 4 * STAGES + 2 * CONSUMERS, BARRIERS = DEALS_AT + (DECODE ? 2 * DEALS : 0);
-  static constexpr int TASKS = CONSUMERS * static_cast<int>(sizeof(Task)), DEALT = DECODE ? 4 * DEALS : 0;
-  static constexpr int FIT = (SHARED_LIMIT - SLOTS_AT - 8 * BARRIERS - TASKS - DEALT) / (SLOT + 16);
+  static constexpr int DEALS_AT = 4 * STAGES + 2 * CONSUMERS, BARRIERS = DEALS_AT + (DEALT ? 2 * DEALS : 0);
+  static constexpr int TASKS = CONSUMERS * static_cast<int>(sizeof(Task));
+  static constexpr int FIT = (SHARED_LIMIT - SLOTS_AT - 8 * BARRIERS - TASKS) / (SLOT + 16);
   static constexpr int SLOTS = PACKED ? (FIT < MAX_SLOTS ? FIT : MAX_SLOTS) : 0;
   static constexpr int BARRIERS_AT = SLOTS_AT + SLOTS * SLOT;
   static constexpr int TASKS_AT = BARRIERS_AT + 8 * BARRIERS + 16 * SLOTS;
   static constexpr int DEALT_AT = TASKS_AT + TASKS;
-  static constexpr int SHARED_BYTES = DEALT_AT + DEALT;
+  static constexpr int SHARED_BYTES = DEALT_AT + (DEALT ? 4 * DEALS : 0);
   static_assert(SHARED_BYTES <= SHARED_LIMIT);
   static constexpr uint32_t TILES_PER_SPLIT = SPLIT / N;
 };
@@ -72,7 +73,6 @@ struct Ring {
 // How many works a warp has taken, and where it finds the next.
 struct Taken {
   uint32_t count = 0;
-  uint32_t next = blockIdx.x;  // of the warp that deals
   Ring<DEALS> deal;
 };
 
@@ -146,9 +146,9 @@ struct Attention {
       barrier_init(slot_full(slot), 32);
       barrier_init(slot_empty(slot), 4 * S::UNPACKERS);
     }
-    for (int deal = 0; S::DECODE && deal < DEALS; deal++) {
+    for (int deal = 0; S::DEALT && deal < DEALS; deal++) {
       barrier_init(deal_full(deal), 1);
-      barrier_init(deal_empty(deal), S::PACKED ? 2 + 4 * S::UNPACKERS : 1);  // all other warps that load or unpack
+      barrier_init(deal_empty(deal), 1);
     }
     barrier_init_fence();
   }
@@ -160,7 +160,7 @@ struct Attention {
   // This block's next work, for each warp that loads or unpacks.
   __device__ __forceinline__ Task take(Taken& taken) const {
     Task task = {};
-    const uint32_t index = S::DECODE ? next_deal(taken) : next_tile(taken);
+    const uint32_t index = S::DEALT ? next_deal(taken) : next_in_turn(taken);
     if (index == NOWHERE) return task;
     task.kv_head = index % args.shape.kv_heads;
     task.work = args.work[index / args.shape.kv_heads];
@@ -176,7 +176,7 @@ struct Attention {
     return task;
   }
 
-  __device__ __forceinline__ uint32_t next_tile(Taken& taken) const {
+  __device__ __forceinline__ uint32_t next_in_turn(Taken& taken) const {
     const uint2 works = *reinterpret_cast<const uint2*>(args.works);
     uint32_t index;
     const uint32_t count = works.x * args.shape.kv_heads, blocks = min(works.y, gridDim.x);
@@ -184,7 +184,8 @@ struct Attention {
   }
 
   // Decoding blocks take works when they have room for them: some begin late, beside prompts, and works differ
-  // in length. The first warp takes, and tells the others.
+  // in length. The warp that loads keys and values takes, and tells the one that loads queries. (With codes, where
+  // more warps would have to be told, that was slower: 165 instead of 151 us.)
   __device__ __forceinline__ uint32_t next_deal(Taken& taken) const {
     const Ring<DEALS> deal = taken.deal;
     volatile uint32_t* const dealt = reinterpret_cast<uint32_t*>(shared_pointer + S::DEALT_AT) + deal.stage;
@@ -192,13 +193,16 @@ struct Attention {
     taken.deal.advance();
     if (threadIdx.x < 32) {
       if (threadIdx.x == 0) {
-        if (taken.next < *args.works * args.shape.kv_heads) index = taken.next;
+        uint32_t next = blockIdx.x;
+        if (taken.count != 0) next = gridDim.x + atomicAdd(args.queue, 1);
+        if (next < *args.works * args.shape.kv_heads) index = next;
         // The last block leaves the queue as it was.
         if (index == NOWHERE && atomicInc(args.queue + 1, gridDim.x - 1) == gridDim.x - 1) *args.queue = 0;
         barrier_wait(deal_empty(deal.stage), deal.parity ^ 1);
         *dealt = index;
         barrier_arrive(deal_full(deal.stage));
       }
+      taken.count++;
       return __shfl_sync(0xffffffffu, index, 0);
     }
     barrier_wait(deal_full(deal.stage), deal.parity);
@@ -206,11 +210,6 @@ struct Attention {
     __syncwarp();
     release(deal_empty(deal.stage));
     return index;
-  }
-
-  // Takes the next work while the last copies of this one wait for room.
-  __device__ __forceinline__ void reserve(Taken& taken, bool last_tile) const {
-    if (S::DECODE && last_tile && threadIdx.x == 0) taken.next = gridDim.x + atomicAdd(args.queue, 1);
   }
 
   // Position of a row of the tile; of rows behind the last token, what it would be. Sharers of a split see
@@ -233,7 +232,6 @@ struct Attention {
       uint32_t next = find_block(task, task.first_tile, box_rows);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t block = next;
-        reserve(taken, tile + 1 == task.end_tile);
         next = find_block(task, tile + 1, box_rows);  // on its way while this tile's copies wait for room
         const int row = cache_row(task, tile, block);
         load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row, again);
@@ -286,7 +284,6 @@ struct Attention {
       uint32_t next = find_block(task, task.first_tile, 16);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t block = next;
-        reserve(taken, tile + 1 == task.end_tile);
         next = find_block(task, tile + 1, 16);
         barrier_wait(slot_empty(slot.stage), slot.parity ^ 1);
         load_slot(task, tile, block, which, slot.stage);

@@ -182,7 +182,7 @@ impl HopperSizes {
         } else {
             consumers * 64 * head_dim * 4
         };
-        let deals = if decode { HOPPER_DEALS } else { 0 };
+        let deals = if decode && !packed { HOPPER_DEALS } else { 0 };
         let barriers = (4 * HOPPER_STAGES + 2 * consumers + 2 * deals) * 8;
         let tasks = consumers * 40 + deals * 4;
         let without = queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks;
@@ -491,8 +491,9 @@ impl Attention {
     /// When the device is lost.
     ///
     /// # Safety
-    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile. If it runs beside prompts, their
-    /// attention is what was queued last on the stream.
+    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile. What was queued last on the stream is
+    /// the attention of prompts if this runs beside it; else other decoding, or a kernel that waits for what is before
+    /// it before it lets the next start (as [`append`](super::Rope::append) does), or nothing that this reads.
     ///
     /// # Panics
     /// If a buffer is too small.
