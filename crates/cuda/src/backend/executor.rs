@@ -22,7 +22,7 @@ use crate::driver::{Arena, Device, Partition, Priority, Stream};
 use crate::error::WEIGHTS;
 use crate::kernels::{
     AddRmsNorm, Attention, AttentionModel, KvDtype, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope,
-    Want, Work,
+    Sharer, Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -502,7 +502,8 @@ impl Plan {
         // Twice for layers with and without a window.
         let decode_works = max_works.max(slots * (2 + splits));
         let prompt_works = tokens * model.heads_per_kv() / 16 + slots;
-        let work = 2 * size_of::<Work>() * (prompt_works + decode_works);
+        let work = 2 * size_of::<Work>() * (prompt_works + decode_works)
+            + 2 * size_of::<Sharer>() * decode_works;
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,

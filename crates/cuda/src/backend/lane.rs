@@ -173,7 +173,7 @@ impl Lane {
     fn padding(
         &mut self,
         slots: &Slots,
-        pad: impl Fn(&mut HostStep, &Describe<'_>),
+        pad: impl Fn(&mut HostStep, &Describe),
     ) -> Result<Step, CudaError> {
         let shared = Arc::clone(&self.ops.shared);
         self.step.clear();
@@ -252,7 +252,7 @@ impl Lane {
     }
 
     /// How the described step is queued. `beside`: on a part of the GPU.
-    fn way(&self, batch: &Batch, beside: bool, describe: &Describe<'_>) -> Way {
+    fn way(&self, batch: &Batch, beside: bool, describe: &Describe) -> Way {
         let at_least = |buckets: &[Bucket], beside: bool, size: usize| {
             let fits = |b: &Bucket| b.beside == beside && b.size >= size;
             buckets.iter().position(fits)
@@ -283,7 +283,7 @@ impl Lane {
     }
 
     /// Pads the described step for its way; says what comes out of it then.
-    fn pad(&mut self, way: Way, describe: &Describe<'_>) -> Outputs {
+    fn pad(&mut self, way: Way, describe: &Describe) -> Outputs {
         match way {
             Way::Whole(at) => self.step.pad_decode(self.decodes[at].size, describe),
             Way::Parts { hidden: None, .. } => {}
@@ -457,14 +457,14 @@ impl Drop for Lane {
     }
 }
 
-fn describe<'a>(shared: &'a Shared, slots: &Slots, max_works: usize) -> Describe<'a> {
+fn describe(shared: &Shared, slots: &Slots, max_works: usize) -> Describe {
     let local = shared.config.local.as_ref();
     let further = match shared.pools.local {
         Some(_) => slots.local_tables(),
         None => 0,
     };
     Describe {
-        attention: &shared.pools.main.attention,
+        tiling: shared.pools.main.attention.tiling(),
         max_works,
         block_size: shared.pools.main.shape.block_size,
         unpacked: shared.pools.unpacked_blocks(),

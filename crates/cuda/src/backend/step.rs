@@ -5,7 +5,10 @@ use super::packer::Packer;
 use super::slots::Slots;
 use crate::CudaError;
 use crate::driver::Slice;
-use crate::kernels::{Attention, AttentionStep, LAST, NONE, NOWHERE, Sequence, Want, Work};
+use crate::kernels::{
+    ALL_BLOCKS, AttentionStep, DecodeWork, LAST, NONE, NOWHERE, Sequence, Sharer, Tiling, Want,
+    Work,
+};
 
 /// A step, described on the host.
 #[derive(Debug, Default)]
@@ -26,7 +29,7 @@ pub(crate) struct HostStep {
     /// Rows with given tokens: prompts, whole or in chunks.
     prompts: Vec<Prompt>,
     /// Rows that go on from the last sampled token.
-    decodes: Vec<Sequence>,
+    decodes: Vec<Decode>,
     pub(crate) wants: Vec<Want>,
     /// Index of each wanted position's token.
     picks: Vec<u32>,
@@ -46,6 +49,12 @@ struct Prompt {
     local: LocalBlocks,
 }
 
+#[derive(Debug)]
+struct Decode {
+    sequence: Sequence,
+    blocks: BlockIds,
+}
+
 /// The attention work of a step, for one window.
 #[derive(Debug, Default)]
 struct HostLists {
@@ -56,30 +65,32 @@ struct HostLists {
     decodes: Vec<WorkList>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct PromptList {
-    work: WorkList,
+    work: Vec<Work>,
+    /// What work follows is padding.
+    count: u32,
+    /// How many blocks may do it.
+    blocks: u32,
     /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
     unpacked: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 #[derive(Debug, Default)]
 struct WorkList {
-    work: Vec<Work>,
-    /// What follows is padding.
+    list: DecodeWork,
+    /// What work follows is padding.
     count: u32,
 }
 
-impl From<Vec<Work>> for WorkList {
-    fn from(work: Vec<Work>) -> Self {
-        let count = work.len() as u32;
-        Self { work, count }
-    }
-}
-
-impl WorkList {
-    fn pad(&mut self, room: usize) {
-        self.work.resize(room, Work::default());
+impl PromptList {
+    fn new(work: Vec<Work>, unpacked: Option<(Vec<u32>, Vec<u32>)>) -> Self {
+        Self {
+            count: work.len() as u32,
+            work,
+            blocks: ALL_BLOCKS,
+            unpacked,
+        }
     }
 }
 
@@ -136,8 +147,8 @@ impl Outputs {
 }
 
 /// What the description of a step depends on.
-pub(crate) struct Describe<'a> {
-    pub(crate) attention: &'a Attention,
+pub(crate) struct Describe {
+    pub(crate) tiling: Tiling,
     /// Work that fits into the decode scratch.
     pub(crate) max_works: usize,
     pub(crate) block_size: u32,
@@ -176,13 +187,7 @@ impl HostStep {
     }
 
     /// Describes a batch whose shape was checked and whose slots are bound.
-    pub(crate) fn fill(
-        &mut self,
-        ticket: Ticket,
-        batch: &Batch,
-        slots: &mut Slots,
-        d: &Describe<'_>,
-    ) {
+    pub(crate) fn fill(&mut self, ticket: Ticket, batch: &Batch, slots: &mut Slots, d: &Describe) {
         self.clear();
         self.ticket = ticket.0 + 1;
         let pairs = |copies: &[BlockCopy]| {
@@ -219,7 +224,10 @@ impl HostStep {
             }
             Input::Last => {
                 self.tokens.push(LAST | row.slot.0);
-                self.decodes.push(sequence);
+                self.decodes.push(Decode {
+                    sequence,
+                    blocks: row.blocks.clone(),
+                });
                 row.slot.0
             }
         };
@@ -251,7 +259,7 @@ impl HostStep {
         }
     }
 
-    fn lists(&self, d: &Describe<'_>, local: Option<LocalTables>) -> HostLists {
+    fn lists(&self, d: &Describe, local: Option<LocalTables>) -> HostLists {
         let (window, further) = match local {
             Some(local) => (Some(local.window), local.further),
             None => (None, 0),
@@ -260,7 +268,6 @@ impl HostStep {
             table: s.table + further,
             ..*s
         };
-        let decodes: Vec<Sequence> = self.decodes.iter().map(in_pool).collect();
         let mut lists = HostLists {
             window,
             ..HostLists::default()
@@ -271,26 +278,36 @@ impl HostStep {
             None => {
                 let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
                 let (prompts, mut work) = (prompts.collect::<Vec<_>>(), Vec::new());
-                d.attention.prefill_work(&prompts, window, &mut work);
-                lists.prompts.push(PromptList {
-                    work: work.into(),
-                    unpacked: None,
-                });
+                d.tiling.prefill_work(&prompts, window, &mut work);
+                lists.prompts.push(PromptList::new(work, None));
             }
         }
+        let decodes = self.decodes.iter();
+        let decodes: Vec<_> = decodes
+            .map(|decode| (in_pool(&decode.sequence), &decode.blocks[..]))
+            .collect();
         let mut rest = &decodes[..];
         while !rest.is_empty() {
             // As many sequences as fit; one always does.
-            let (mut work, mut count) = (Vec::new(), rest.len());
+            let (mut list, mut count) = (DecodeWork::default(), rest.len());
             loop {
-                d.attention.decode_work(&rest[..count], window, &mut work);
-                if work.len() <= d.max_works || count == 1 {
+                d.tiling.decode_work(&rest[..count], window, &mut list);
+                if list.sharers.len() <= d.max_works || count == 1 {
                     break;
                 }
                 count = count.div_ceil(2);
             }
-            lists.decodes.push(work.into());
+            lists.decodes.push(WorkList {
+                count: list.work.len() as u32,
+                list,
+            });
             rest = &rest[count..];
+        }
+        // The last prompts and the first decodes run side by side.
+        if let (Some(prompts), Some(decodes)) = (lists.prompts.last_mut(), lists.decodes.first()) {
+            prompts.blocks = d
+                .tiling
+                .prefill_blocks(&prompts.work, &decodes.list.work, window);
         }
         lists
     }
@@ -298,7 +315,7 @@ impl HostStep {
     /// Prompts that read unpacked blocks: as many at a time as there is room for.
     fn unpacked_prompts(
         &self,
-        d: &Describe<'_>,
+        d: &Describe,
         local: Option<LocalTables>,
         room: u32,
     ) -> Vec<PromptList> {
@@ -341,11 +358,8 @@ impl HostStep {
                 "there is room for the longest sequence"
             );
             let mut work = Vec::new();
-            d.attention.prefill_work(&sequences, window, &mut work);
-            lists.push(PromptList {
-                work: work.into(),
-                unpacked: Some((blocks, tables)),
-            });
+            d.tiling.prefill_work(&sequences, window, &mut work);
+            lists.push(PromptList::new(work, Some((blocks, tables))));
             rest = &rest[sequences.len()..];
         }
         lists
@@ -377,10 +391,10 @@ impl HostStep {
 
     /// Whether [`pad_mixed`](Self::pad_mixed) can make it as large as any step of so many tokens, with so
     /// many rows at most.
-    pub(crate) fn fits_mixed(&self, tokens: usize, most_rows: usize, d: &Describe<'_>) -> bool {
+    pub(crate) fn fits_mixed(&self, tokens: usize, most_rows: usize, d: &Describe) -> bool {
         let room = d.prompt_room(tokens, most_rows);
         let one_of_each = |lists: &HostLists| {
-            let fits = |list: &PromptList| list.unpacked.is_none() && list.work.work.len() <= room;
+            let fits = |list: &PromptList| list.unpacked.is_none() && list.work.len() <= room;
             lists.prompts.len() <= 1 && lists.prompts.iter().all(fits) && lists.decodes.len() <= 1
         };
         let Outputs { rows, wants } = self.outputs();
@@ -392,7 +406,7 @@ impl HostStep {
     }
 
     /// Adds rows that do nothing, so that every step of that many rows is packed alike.
-    pub(crate) fn pad_decode(&mut self, rows: usize, d: &Describe<'_>) {
+    pub(crate) fn pad_decode(&mut self, rows: usize, d: &Describe) {
         self.pad_tokens(rows, d);
         self.pad_outputs(rows);
         self.words.resize(words_room(rows), NOWHERE);
@@ -400,17 +414,19 @@ impl HostStep {
 
     /// Adds tokens and rows that do nothing, so that what is read on the way to the hidden states is packed
     /// alike in every step of that many tokens, and what is read from there on in every step.
-    pub(crate) fn pad_mixed(&mut self, tokens: usize, most_rows: usize, d: &Describe<'_>) {
+    pub(crate) fn pad_mixed(&mut self, tokens: usize, most_rows: usize, d: &Describe) {
         self.pad_tokens(tokens, d);
         self.pad_outputs(most_rows);
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
-            lists.prompts.resize_with(1, PromptList::default);
-            lists.prompts[0].work.pad(d.prompt_room(tokens, most_rows));
+            let none = || PromptList::new(Vec::new(), None);
+            lists.prompts.resize_with(1, none);
+            let room = d.prompt_room(tokens, most_rows);
+            lists.prompts[0].work.resize(room, Work::default());
         }
     }
 
     /// Adds tokens that have no place in the cache and no attention work.
-    fn pad_tokens(&mut self, tokens: usize, d: &Describe<'_>) {
+    fn pad_tokens(&mut self, tokens: usize, d: &Describe) {
         self.tokens.resize(tokens, 0);
         self.positions.resize(tokens, 0);
         self.places.resize(tokens, NOWHERE);
@@ -422,7 +438,9 @@ impl HostStep {
         }
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
             lists.decodes.resize_with(1, WorkList::default);
-            lists.decodes[0].pad(d.max_works);
+            let list = &mut lists.decodes[0].list;
+            list.work.resize(d.max_works, Work::default());
+            list.sharers.resize(d.max_works, Sharer::default());
         }
     }
 
@@ -488,7 +506,7 @@ impl Step {
     }
 }
 
-impl Describe<'_> {
+impl Describe {
     /// Units of attention work that prompts of so many tokens together can be.
     fn prompt_room(&self, tokens: usize, sequences: usize) -> usize {
         let one = Sequence {
@@ -498,7 +516,7 @@ impl Describe<'_> {
             table: 0,
         };
         let mut work = Vec::new();
-        self.attention.prefill_work(&[one], None, &mut work);
+        self.tiling.prefill_work(&[one], None, &mut work);
         // Every sequence may end in the middle of a tile.
         work.len() + sequences
     }
@@ -506,28 +524,35 @@ impl Describe<'_> {
 
 impl HostLists {
     fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
-        let pack = |packer: &mut Packer, tables, list: &WorkList| {
-            Ok::<_, CudaError>(AttentionStep {
-                tables,
-                work: packer.put(&list.work)?,
-                works: packer.put(&[list.count])?,
-                window: self.window,
-            })
-        };
         let mut lists = AttentionLists {
             prompts: Vec::new(),
             decodes: Vec::new(),
         };
-        for PromptList { work, unpacked } in &self.prompts {
-            let (blocks, tables) = match unpacked {
+        for list in &self.prompts {
+            let (blocks, tables) = match &list.unpacked {
                 Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
                 None => (Slice::null(), tables),
             };
-            let step = pack(packer, tables, work)?;
+            let step = AttentionStep {
+                tables,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[list.count, list.blocks])?,
+                sharers: Slice::null(),
+                window: self.window,
+                beside: false,
+            };
             lists.prompts.push(PromptStep { blocks, step });
         }
-        for work in &self.decodes {
-            lists.decodes.push(pack(packer, tables, work)?);
+        for WorkList { list, count } in &self.decodes {
+            lists.decodes.push(AttentionStep {
+                tables,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[*count, ALL_BLOCKS])?,
+                sharers: packer.put(&list.sharers)?,
+                window: self.window,
+                // The next lists' decodes use the same scratch memory.
+                beside: !self.prompts.is_empty() && lists.decodes.is_empty(),
+            });
         }
         Ok(lists)
     }

@@ -5,6 +5,7 @@
 //! too, to learn whether their machine computes right.
 
 mod attention;
+mod attention_speed;
 mod elementwise;
 mod kv;
 mod lab;
@@ -42,8 +43,9 @@ const CHECKS: &[(&str, Check)] = &[
     ("speed: matrices", linear::throughput),
     ("speed: tiles", linear::tiles),
     ("speed: quantised", packed::throughput),
-    ("speed: heads", attention::throughput),
-    ("speed: heads, 8-bit KV", attention::packed_throughput),
+    ("speed: heads", attention_speed::throughput),
+    ("speed: heads, 8-bit KV", attention_speed::packed_throughput),
+    ("speed: shared heads", attention_speed::shared_throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),

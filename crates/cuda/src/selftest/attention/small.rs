@@ -1,4 +1,4 @@
-use super::{Bench, Case, Chunk, DTYPES, Kind, LIMIT, distance, paths};
+use super::{Bench, Case, Chunk, DTYPES, LIMIT, distance, paths};
 use crate::CudaError;
 use crate::kernels::KvShape;
 use crate::selftest::lab::{Lab, Report};
@@ -18,17 +18,21 @@ pub(in crate::selftest) fn small<const HEAD_DIM: u32>(
     for (dtype, dtype_name) in DTYPES {
         let mut lengths = vec![1100];
         lengths.extend((0..SHORT).map(|_| 1 + lab.below(30) as u32));
-        let case = Case::new(lab, KvShape::new(dtype, 0, 3, 16, HEAD_DIM), 2, lengths);
+        let (alone, shape) = (
+            vec![(0, 0); lengths.len()],
+            KvShape::new(dtype, 0, 3, 16, HEAD_DIM),
+        );
+        let case = Case::new(lab, shape, 2, lengths, alone);
         let expected = case.expected();
         for (path, name) in paths(lab.device()) {
             lab.clear()?;
             let bench = Bench::new(lab, path, &case)?;
-            for (kind, what, last) in [
-                (Kind::Prefill, "prefill", LAST),
-                (Kind::Decode, "decode", 1),
-            ] {
+            for (what, last) in [("prefill", LAST), ("decode", 1)] {
                 let chunks = last_tokens(&case, last);
-                let outs = bench.run(lab, kind, &chunks)?;
+                let outs = match last {
+                    1 => bench.decode(lab, &chunks)?,
+                    _ => bench.prefill(lab, &chunks)?,
+                };
                 let pairs = chunks.iter().zip(outs).zip(&expected);
                 let errors = pairs.map(|((chunk, out), expected)| {
                     let want = expected.last().expect("the last position is compared");
