@@ -45,18 +45,15 @@ impl Scheduler {
             retired_local: Vec::new(),
             retired_slots: Vec::new(),
         };
-        let budget = self
-            .config
-            .max_batch_tokens
-            .min(self.capacity.max_batch_tokens);
+        let (decodes, prompts) = self.runnable(lane);
+        let pace = policy::step_budget(decodes.len() as u32, &self.capacity);
         let mut draft = Draft {
             lane,
-            budget,
+            budget: pace.min(self.config.max_batch_tokens),
             batch: Batch::default(),
             step,
         };
 
-        let (decodes, prompts) = self.runnable(lane);
         self.favour_first(&mut draft, &decodes, &prompts);
         for rank in decodes.into_iter().chain(prompts) {
             self.plan_row(&mut draft, rank);
