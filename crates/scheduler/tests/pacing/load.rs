@@ -50,7 +50,7 @@ pub(crate) fn run(load: &Load, step_tokens: Option<u32>) -> Outcome {
     let mut run = Run::new(*load, step_tokens);
     if load.shared > 0 {
         run.send(run.now, load.prompt, 1, false);
-        run.to_end();
+        run.finish();
     }
     let start = run.now;
     (run.tokens, run.ttft) = Default::default();
@@ -65,7 +65,7 @@ pub(crate) fn run(load: &Load, step_tokens: Option<u32>) -> Outcome {
         at += [100.0, 900.0, 500.0, 300.0, 700.0][number as usize % 5];
         run.send(at, 8192, 16, true);
     }
-    run.to_end();
+    run.finish();
     let ttft = usize::from(load.flood > 0);
     Outcome {
         rate: run.tokens as f64 / (run.now - start) * 1000.0,
@@ -173,7 +173,7 @@ impl Run {
     }
 
     /// Until nothing comes any more, as the engine would: it looks at what has arrived when a step is done.
-    fn to_end(&mut self) {
+    fn finish(&mut self) {
         loop {
             let clock = self.clock();
             for (_, request) in self.coming.extract_if(.., |&mut (at, _)| at <= self.now) {
