@@ -4,7 +4,7 @@ use spate_executor::{Batch, Bind, BlockCopy, Input, Lane, Row};
 use spate_kvcache::{Copies, OutOfBlocks, PrefixMatch};
 use spate_types::Micros;
 
-use crate::policy;
+use crate::policy::{self, Demand};
 use crate::scheduler::{Scheduler, Step, StepRow};
 use crate::sequence::{Rank, Sequence};
 
@@ -46,7 +46,7 @@ impl Scheduler {
             retired_slots: Vec::new(),
         };
         let (decodes, prompts) = self.runnable(lane);
-        let pace = policy::step_budget(decodes.len() as u32, &self.capacity);
+        let pace = policy::step_budget(&self.demand(&decodes, &prompts), &self.capacity);
         let mut draft = Draft {
             lane,
             budget: pace.min(self.config.max_batch_tokens),
@@ -83,6 +83,18 @@ impl Scheduler {
             }
         }
         (decodes, prompts)
+    }
+
+    fn demand(&self, decodes: &[Rank], prompts: &[Rank]) -> Demand {
+        let running = prompts.iter().map(|rank| &self.running[rank]);
+        let first = running.clone().chain(self.waiting.values()).next();
+        let waiting = self.waiting.values().map(Sequence::len);
+        let positions = waiting.chain(running.map(Sequence::remaining));
+        Demand {
+            decodes: decodes.len() as u32,
+            first: first.map_or(0, Sequence::len),
+            backlog: positions.fold(0, u32::saturating_add),
+        }
     }
 
     /// The first in line always progresses. If it is at its prompt, whose rows come after the

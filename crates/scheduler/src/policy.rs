@@ -47,34 +47,64 @@ pub(crate) fn local_blocks_to_start(
     })
 }
 
-/// Prompt tokens that a step may compute for each sequence that decodes in it, beside those that cost
-/// next to nothing.
-const PROMPT_SHARE: u32 = 2;
+/// What there is to compute on a lane.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Demand {
+    /// Sequences with one position to go.
+    pub(crate) decodes: u32,
+    /// Positions of the first prompt in line.
+    pub(crate) first: u32,
+    /// Positions to compute of all prompts, cached or not if they have not started.
+    pub(crate) backlog: u32,
+}
 
-/// Largest step while nothing decodes, in [`Capacity::step_tokens`]: so large that fixed costs vanish,
-/// so small that first tokens come, and whoever arrives is looked at, every now and then.
+/// Prompt tokens for which there should be room, in the long run, for each token of output.
+const USUAL_PROMPTS: u32 = 3;
+
+/// Steps that the first prompt in line should take at most.
+const STEPS_FOR_FIRST: u32 = 16;
+
+/// Steps in which all prompts should be computed.
+const STEPS_FOR_ALL: u32 = 64;
+
+/// Largest step with decodes, in measures ([`Capacity::step_tokens`]): 25 ms on an H100.
+const LARGEST_STEP: u32 = 4;
+
+/// Largest step without, in measures: so large that fixed costs vanish, so small that first tokens come,
+/// and whoever arrives is looked at, every now and then.
 const IDLE_STEP: u32 = 8;
 
-/// Most input tokens of a step in which `decodes` sequences decode.
+/// Most input tokens of the next step.
 ///
-/// Prompt tokens that ride along in a step of decodes are cheaper than in a step of their own: up to
-/// [`Capacity::step_tokens`] the weights' way from memory takes longer than the arithmetic. Beyond, each
-/// takes its time, for which all decodes wait: a larger step brings first tokens earlier and the others
-/// further apart, and prompts that are computed in a hurry leave steps behind in which nothing rides
-/// along. What is best by the model in `tests/pacing`: two such measures, and another for every
-/// so many decodes, as with these more requests end, and as many prompts come. A step
-/// that is not a multiple of the measure wastes some of the arithmetic units.
-pub(crate) fn step_budget(decodes: u32, capacity: &Capacity) -> u32 {
+/// Up to a measure ([`Capacity::step_tokens`]) prompt tokens that ride along with decodes cost next to
+/// nothing. Beyond, a larger step brings first tokens earlier and the others further apart; and
+/// prompts that were computed in a hurry are missing later, in steps that have room for them. So a step
+/// is as large as it takes to keep up with the prompts that usually come, to finish the first in line soon, and
+/// to make the line shorter. It is a whole number of measures: tiles of matrix products are so large that
+/// a step between two takes as long as the larger one.
+///
+/// The constants are the best ones by the model in `tests/pacing`, which is near what was measured.
+pub(crate) fn step_budget(demand: &Demand, capacity: &Capacity) -> u32 {
+    let most = capacity.max_batch_tokens;
     let Some(measure) = capacity.step_tokens else {
-        return capacity.max_batch_tokens;
+        return most;
     };
-    let measures = match decodes {
-        0 => IDLE_STEP,
-        _ => 1 + (PROMPT_SHARE * decodes).div_ceil(measure),
-    };
-    capacity
-        .max_batch_tokens
-        .min(measures.saturating_mul(measure))
+    let measure = measure.min(most);
+    let Demand {
+        decodes,
+        first,
+        backlog,
+    } = *demand;
+    if decodes == 0 {
+        return most.min(IDLE_STEP * measure);
+    }
+    let prompts = (USUAL_PROMPTS * decodes)
+        .max(first / STEPS_FOR_FIRST)
+        .max(backlog / STEPS_FOR_ALL);
+    let nearest = (decodes + prompts + measure / 2) / measure;
+    // However many decodes there are, prompts make progress.
+    let least = (decodes + measure.div_ceil(2)).div_ceil(measure);
+    most.min(nearest.clamp(1, LARGEST_STEP).max(least) * measure)
 }
 
 /// Positions of a prompt that make a step of decodes last about three times as long (on an H100). Only
@@ -122,24 +152,50 @@ mod tests {
         }
     }
 
+    /// Without prompts that are long or many.
+    fn decodes(decodes: u32) -> Demand {
+        Demand {
+            decodes,
+            first: 0,
+            backlog: 0,
+        }
+    }
+
     #[test]
-    fn steps_grow_with_the_decodes() {
-        let budgets = |measure| {
-            let capacity = capacity(measure);
-            [0, 1, 128, 129, 256].map(|decodes| step_budget(decodes, &capacity))
+    fn steps_grow_with_what_there_is_to_do() {
+        let h100 = capacity(Some(256));
+        let budgets = [0, 1, 64, 100, 256].map(|n| step_budget(&decodes(n), &h100));
+        assert_eq!(budgets, [2048, 256, 256, 512, 1024]);
+        let long = |first| Demand {
+            first,
+            backlog: first,
+            ..decodes(16)
         };
-        assert_eq!(budgets(Some(256)), [2048, 512, 512, 768, 768]);
-        assert_eq!(budgets(Some(128)), [1024, 256, 384, 512, 640]);
-        assert_eq!(budgets(None), [8192; 5]);
-        assert_eq!(budgets(Some(u32::MAX)), [8192; 5]);
+        let budgets = [512, 4096, 8192, 100_000].map(|n| step_budget(&long(n), &h100));
+        assert_eq!(budgets, [256, 256, 512, 1024]);
+        let many = |backlog| Demand {
+            first: 512,
+            backlog,
+            ..decodes(64)
+        };
+        let budgets = [5_000, 25_000, 40_000, 200_000].map(|n| step_budget(&many(n), &h100));
+        assert_eq!(budgets, [256, 512, 768, 1024]);
+    }
+
+    #[test]
+    fn without_a_measure_only_the_limit_counts() {
+        for measure in [None, Some(u32::MAX)] {
+            let budgets = [0, 1, 500].map(|n| step_budget(&decodes(n), &capacity(measure)));
+            assert_eq!(budgets, [8192; 3]);
+        }
     }
 
     #[test]
     fn decodes_leave_room_for_prompts() {
-        for measure in [1, 3, 128, 256] {
+        for measure in [1, 2, 3, 128, 256] {
             let capacity = capacity(Some(measure));
-            for decodes in 0..2000 {
-                assert!(step_budget(decodes, &capacity) > decodes);
+            for n in 0..2000 {
+                assert!(step_budget(&decodes(n), &capacity) > n, "{measure} {n}");
             }
         }
     }

@@ -3,18 +3,20 @@
 use spate_executor::Batch;
 
 /// Input tokens of a step, and the milliseconds of all but attention and sampling: matrix products,
-/// norms, the head. From measured steps of prompts and of decodes (`kernels/README.md`). Up to about 256
-/// tokens it is the time in which the weights are read.
-const TOKENS: [(f64, f64); 8] = [
+/// norms, the head. Measured in a server under load. Up to 256 tokens it is about the time in which the
+/// weights are read, beyond that tiles have room for multiples of [`TILE`].
+const TOKENS: [(f64, f64); 9] = [
     (1.0, 5.7),
     (64.0, 5.75),
     (128.0, 6.3),
     (256.0, 7.4),
-    (512.0, 12.2),
-    (768.0, 18.2),
-    (2048.0, 48.0),
+    (512.0, 13.8),
+    (768.0, 18.7),
+    (1024.0, 24.5),
+    (2048.0, 48.5),
     (8192.0, 189.0),
 ];
+const TILE: u32 = 256;
 
 /// A decode reads 128 KiB of keys and values for each position, at 2.8 TB/s.
 const READ: f64 = 131_072.0 / 2.8e9;
@@ -32,6 +34,10 @@ const SAMPLE: f64 = 0.0025;
 /// Milliseconds for a step.
 pub(crate) fn step_ms(batch: &Batch) -> f64 {
     let tokens: u32 = batch.rows.iter().map(|row| row.end() - row.start).sum();
+    let tokens = match tokens {
+        ..TILE => tokens,
+        _ => tokens.next_multiple_of(TILE),
+    };
     let mut ms = interpolate(&TOKENS, f64::from(tokens));
     let mut prompts = false;
     for row in &batch.rows {
