@@ -86,14 +86,11 @@ impl Scheduler {
     }
 
     fn demand(&self, decodes: &[Rank], prompts: &[Rank]) -> Demand {
-        let running = prompts.iter().map(|rank| &self.running[rank]);
-        let first = running.clone().chain(self.waiting.values()).next();
+        let running = prompts.iter().map(|rank| self.running[rank].remaining());
         let waiting = self.waiting.values().map(Sequence::len);
-        let positions = waiting.chain(running.map(Sequence::remaining));
         Demand {
             decodes: decodes.len() as u32,
-            first: first.map_or(0, Sequence::len),
-            backlog: positions.fold(0, u32::saturating_add),
+            backlog: running.chain(waiting).fold(0, u32::saturating_add),
         }
     }
 

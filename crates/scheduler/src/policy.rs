@@ -13,6 +13,7 @@
 //! - **Lanes**: see [`lane`].
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use spate_executor::{Capacity, Lane, LocalKv};
 use spate_kvcache::PrefixMatch;
@@ -52,23 +53,18 @@ pub(crate) fn local_blocks_to_start(
 pub(crate) struct Demand {
     /// Sequences with one position to go.
     pub(crate) decodes: u32,
-    /// Positions of the first prompt in line.
-    pub(crate) first: u32,
-    /// Positions to compute of all prompts, cached or not if they have not started.
+    /// Positions to compute of all prompts; cached ones count until the prompt starts.
     pub(crate) backlog: u32,
 }
 
 /// Prompt tokens for which there should be room, in the long run, for each token of output.
 const USUAL_PROMPTS: u32 = 3;
 
-/// Steps that the first prompt in line should take at most.
-const STEPS_FOR_FIRST: u32 = 16;
-
 /// Steps in which all prompts should be computed.
-const STEPS_FOR_ALL: u32 = 64;
+const STEPS_FOR_ALL: u32 = 32;
 
-/// Largest step with decodes, in measures ([`Capacity::step_tokens`]): 25 ms on an H100.
-const LARGEST_STEP: u32 = 4;
+/// Steps with decodes, in measures ([`Capacity::step_tokens`]): on an H100 16 to 30 ms.
+const STEP: RangeInclusive<u32> = 2..=4;
 
 /// Largest step without, in measures: so large that fixed costs vanish, so small that first tokens come,
 /// and whoever arrives is looked at, every now and then.
@@ -76,12 +72,12 @@ const IDLE_STEP: u32 = 8;
 
 /// Most input tokens of the next step.
 ///
-/// Up to a measure ([`Capacity::step_tokens`]) prompt tokens that ride along with decodes cost next to
-/// nothing. Beyond, a larger step brings first tokens earlier and the others further apart; and
-/// prompts that were computed in a hurry are missing later, in steps that have room for them. So a step
-/// is as large as it takes to keep up with the prompts that usually come, to finish the first in line soon, and
-/// to make the line shorter. It is a whole number of measures: tiles of matrix products are so large that
-/// a step between two takes as long as the larger one.
+/// Prompt tokens that ride along with decodes are cheaper than in steps of their own, as the weights
+/// are read once for both. The larger such a step, the earlier come first tokens and the further
+/// apart the others; and prompts that were computed in a hurry are missing later, in steps that have room for
+/// them. So a step is as large as it takes to keep up with the prompts that usually come and to make a long
+/// line shorter. It is a whole number of measures: tiles of matrix products are so large that a step
+/// between two takes as long as the larger one.
 ///
 /// The constants are the best ones by the model in `tests/pacing`, which is near what was measured.
 pub(crate) fn step_budget(demand: &Demand, capacity: &Capacity) -> u32 {
@@ -90,21 +86,15 @@ pub(crate) fn step_budget(demand: &Demand, capacity: &Capacity) -> u32 {
         return most;
     };
     let measure = measure.min(most);
-    let Demand {
-        decodes,
-        first,
-        backlog,
-    } = *demand;
+    let Demand { decodes, backlog } = *demand;
     if decodes == 0 {
         return most.min(IDLE_STEP * measure);
     }
-    let prompts = (USUAL_PROMPTS * decodes)
-        .max(first / STEPS_FOR_FIRST)
-        .max(backlog / STEPS_FOR_ALL);
+    let prompts = (USUAL_PROMPTS * decodes).max(backlog / STEPS_FOR_ALL);
     let nearest = (decodes + prompts + measure / 2) / measure;
     // However many decodes there are, prompts make progress.
     let least = (decodes + measure.div_ceil(2)).div_ceil(measure);
-    most.min(nearest.clamp(1, LARGEST_STEP).max(least) * measure)
+    most.min(nearest.clamp(*STEP.start(), *STEP.end()).max(least) * measure)
 }
 
 /// Positions of a prompt that make a step of decodes last about three times as long (on an H100). Only
@@ -152,40 +142,23 @@ mod tests {
         }
     }
 
-    /// Without prompts that are long or many.
-    fn decodes(decodes: u32) -> Demand {
-        Demand {
-            decodes,
-            first: 0,
-            backlog: 0,
-        }
+    fn demand(decodes: u32, backlog: u32) -> Demand {
+        Demand { decodes, backlog }
     }
 
     #[test]
     fn steps_grow_with_what_there_is_to_do() {
         let h100 = capacity(Some(256));
-        let budgets = [0, 1, 64, 100, 256].map(|n| step_budget(&decodes(n), &h100));
-        assert_eq!(budgets, [2048, 256, 256, 512, 1024]);
-        let long = |first| Demand {
-            first,
-            backlog: first,
-            ..decodes(16)
-        };
-        let budgets = [512, 4096, 8192, 100_000].map(|n| step_budget(&long(n), &h100));
-        assert_eq!(budgets, [256, 256, 512, 1024]);
-        let many = |backlog| Demand {
-            first: 512,
-            backlog,
-            ..decodes(64)
-        };
-        let budgets = [5_000, 25_000, 40_000, 200_000].map(|n| step_budget(&many(n), &h100));
-        assert_eq!(budgets, [256, 512, 768, 1024]);
+        let budgets = [0, 1, 128, 200, 256].map(|n| step_budget(&demand(n, 0), &h100));
+        assert_eq!(budgets, [2048, 512, 512, 768, 1024]);
+        let budgets = [5_000, 20_000, 100_000].map(|n| step_budget(&demand(64, n), &h100));
+        assert_eq!(budgets, [512, 768, 1024]);
     }
 
     #[test]
     fn without_a_measure_only_the_limit_counts() {
         for measure in [None, Some(u32::MAX)] {
-            let budgets = [0, 1, 500].map(|n| step_budget(&decodes(n), &capacity(measure)));
+            let budgets = [0, 1, 500].map(|n| step_budget(&demand(n, 0), &capacity(measure)));
             assert_eq!(budgets, [8192; 3]);
         }
     }
@@ -195,7 +168,7 @@ mod tests {
         for measure in [1, 2, 3, 128, 256] {
             let capacity = capacity(Some(measure));
             for n in 0..2000 {
-                assert!(step_budget(&decodes(n), &capacity) > n, "{measure} {n}");
+                assert!(step_budget(&demand(n, 0), &capacity) > n, "{measure} {n}");
             }
         }
     }

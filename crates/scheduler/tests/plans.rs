@@ -186,7 +186,7 @@ fn prompts_beside_decodes_are_paced() {
     bench.add(request(1, 24, 20));
     assert_eq!(bench.plan(), ["s0 0..20 bind"], "the limit that was set");
     bench.commit(&[None]);
-    bench.add(request(2, 22, 20));
+    bench.add(request(2, 30, 20));
     assert_eq!(
         bench.plan(),
         ["s0 20..24 *", "s1 0..16 bind"],
@@ -194,17 +194,17 @@ fn prompts_beside_decodes_are_paced() {
     );
     bench.commit(&[Some(1), None]);
     bench.add(request(3, 12, 20));
-    assert_eq!(bench.plan(), ["s0 24..25 last *", "s1 16..19"]);
+    assert_eq!(bench.plan(), ["s0 24..25 last *", "s1 16..23"]);
     bench.commit(&[Some(1), None]);
     assert_eq!(
         bench.plan(),
-        ["s0 25..26 last *", "s1 19..22 *"],
+        ["s0 25..26 last *", "s1 23..30 *"],
         "the first prompt is finished before the next begins"
     );
     bench.commit(&[Some(1), Some(1)]);
     assert_eq!(
         bench.plan(),
-        ["s0 26..27 last *", "s1 22..23 last *", "s2 0..6 bind"],
+        ["s0 26..27 last *", "s1 30..31 last *", "s2 0..6 bind"],
         "two decodes have room for more beside them"
     );
 }

@@ -10,11 +10,11 @@ const TOKENS: [(f64, f64); 9] = [
     (64.0, 5.75),
     (128.0, 6.3),
     (256.0, 7.4),
-    (512.0, 13.8),
-    (768.0, 18.7),
-    (1024.0, 24.5),
-    (2048.0, 48.5),
-    (8192.0, 189.0),
+    (512.0, 12.2),
+    (768.0, 16.9),
+    (1024.0, 22.5),
+    (2048.0, 47.0),
+    (8192.0, 188.0),
 ];
 const TILE: u32 = 256;
 
@@ -28,6 +28,9 @@ const MEET: f64 = 4.0 * 4096.0 * 32.0 / 500e9;
 /// What a step with prompts takes longer, as it is launched kernel by kernel.
 const LAUNCHES: f64 = 0.3;
 
+/// What a step with both prompts and decodes takes longer: two kinds of attention one after the other.
+const MIXED: f64 = 1.5;
+
 /// Choosing a token.
 const SAMPLE: f64 = 0.0025;
 
@@ -39,18 +42,23 @@ pub(crate) fn step_ms(batch: &Batch) -> f64 {
         _ => tokens.next_multiple_of(TILE),
     };
     let mut ms = interpolate(&TOKENS, f64::from(tokens));
-    let mut prompts = false;
+    let (mut prompts, mut decodes) = (false, false);
     for row in &batch.rows {
         let (start, end) = (f64::from(row.start), f64::from(row.end()));
         if row.end() - row.start == 1 {
             ms += end * READ;
+            decodes = true;
         } else {
             ms += (end * end - start * start) / 2.0 * MEET;
             prompts = true;
         }
         ms += if row.sample { SAMPLE } else { 0.0 };
     }
-    ms + if prompts { LAUNCHES } else { 0.0 }
+    match (prompts, decodes) {
+        (true, true) => ms + LAUNCHES + MIXED,
+        (true, false) => ms + LAUNCHES,
+        (false, _) => ms,
+    }
 }
 
 /// Between points in the order of their first coordinates, and beyond the last as before it.
