@@ -58,7 +58,7 @@ struct HostLists {
 
 #[derive(Debug, Default)]
 struct PromptList {
-    work: Vec<Work>,
+    work: WorkList,
     /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
     unpacked: Option<(Vec<u32>, Vec<u32>)>,
 }
@@ -70,10 +70,26 @@ struct WorkList {
     count: u32,
 }
 
+impl From<Vec<Work>> for WorkList {
+    fn from(work: Vec<Work>) -> Self {
+        let count = work.len() as u32;
+        Self { work, count }
+    }
+}
+
+impl WorkList {
+    fn pad(&mut self, room: usize) {
+        self.work.resize(room, Work::default());
+    }
+}
+
 /// A step on the GPU.
 pub(crate) struct Step {
     /// Everything of it.
     pub(crate) packed: Slice<u8>,
+    /// Of that what is read up to the last hidden states, and what is read from there on.
+    pub(crate) inputs: Slice<u8>,
+    pub(crate) outputs: Slice<u8>,
     pub(crate) tokens: Slice<u32>,
     pub(crate) positions: Slice<u32>,
     pub(crate) places: Slice<u32>,
@@ -102,6 +118,21 @@ pub(crate) struct PromptStep {
     /// What is unpacked before, of a cache of codes.
     pub(crate) blocks: Slice<u32>,
     pub(crate) step: AttentionStep,
+}
+
+/// What comes out of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Outputs {
+    pub(crate) rows: usize,
+    /// Positions that want logits.
+    pub(crate) wants: usize,
+}
+
+impl Outputs {
+    /// Of rows each of which samples.
+    pub(crate) fn of_rows(rows: usize) -> Self {
+        Self { rows, wants: rows }
+    }
 }
 
 /// What the description of a step depends on.
@@ -239,9 +270,12 @@ impl HostStep {
             Some(room) => lists.prompts = self.unpacked_prompts(d, local, room),
             None => {
                 let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
-                let (prompts, mut list) = (prompts.collect::<Vec<_>>(), PromptList::default());
-                d.attention.prefill_work(&prompts, window, &mut list.work);
-                lists.prompts.push(list);
+                let (prompts, mut work) = (prompts.collect::<Vec<_>>(), Vec::new());
+                d.attention.prefill_work(&prompts, window, &mut work);
+                lists.prompts.push(PromptList {
+                    work: work.into(),
+                    unpacked: None,
+                });
             }
         }
         let mut rest = &decodes[..];
@@ -255,10 +289,7 @@ impl HostStep {
                 }
                 count = count.div_ceil(2);
             }
-            lists.decodes.push(WorkList {
-                count: work.len() as u32,
-                work,
-            });
+            lists.decodes.push(work.into());
             rest = &rest[count..];
         }
         lists
@@ -312,7 +343,7 @@ impl HostStep {
             let mut work = Vec::new();
             d.attention.prefill_work(&sequences, window, &mut work);
             lists.push(PromptList {
-                work,
+                work: work.into(),
                 unpacked: Some((blocks, tables)),
             });
             rest = &rest[sequences.len()..];
@@ -320,84 +351,166 @@ impl HostStep {
         lists
     }
 
-    /// Whether [`pad`](Self::pad) can make it as large as any step of so many rows, all of which
-    /// decode and sample.
-    pub(crate) fn fits(&self, rows: usize) -> bool {
-        let one_list = |lists: &HostLists| lists.prompts.is_empty() && lists.decodes.len() <= 1;
+    /// How many rows there are, and positions that want logits.
+    pub(crate) fn outputs(&self) -> Outputs {
+        Outputs {
+            rows: self.rows.len() / 2,
+            wants: self.wants.len(),
+        }
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether [`pad_decode`](Self::pad_decode) can make it as large as any step of so many rows, all of
+    /// which decode and sample.
+    pub(crate) fn fits_decode(&self, rows: usize) -> bool {
+        let mut lists = std::iter::once(&self.global).chain(&self.local);
         self.copies.is_empty()
             && self.local_copies.is_empty()
             && self.tokens.len() <= rows
             && self.wants.len() == self.tokens.len()
             && self.words.len() <= words_room(rows)
-            && one_list(&self.global)
-            && self.local.as_ref().is_none_or(one_list)
+            && lists.all(|lists| lists.prompts.is_empty() && lists.decodes.len() <= 1)
     }
 
-    /// Adds rows that do nothing, so that every step of that many rows is packed alike. They have no
-    /// place in the cache, no attention work and no slot.
-    pub(crate) fn pad(&mut self, rows: usize, d: &Describe<'_>) {
-        for row in self.tokens.len() as u32..rows as u32 {
-            self.tokens.push(0);
-            self.positions.push(0);
-            self.places.push(NOWHERE);
-            if d.local.is_some_and(|local| local.further > 0) {
-                self.local_places.push(NOWHERE);
-            }
-            self.rows.extend([row, NONE]);
-            self.picks.push(row);
-            self.wants.push(Want {
-                slot: NONE,
-                row,
-                position: 0,
-                target: NONE,
-                sample: 0,
-                mask: NONE,
-            });
-        }
+    /// Whether [`pad_mixed`](Self::pad_mixed) can make it as large as any step of so many tokens, with so
+    /// many rows at most.
+    pub(crate) fn fits_mixed(&self, tokens: usize, most_rows: usize, d: &Describe<'_>) -> bool {
+        let room = d.prompt_room(tokens, most_rows);
+        let one_of_each = |lists: &HostLists| {
+            let fits = |list: &PromptList| list.unpacked.is_none() && list.work.work.len() <= room;
+            lists.prompts.len() <= 1 && lists.prompts.iter().all(fits) && lists.decodes.len() <= 1
+        };
+        let Outputs { rows, wants } = self.outputs();
+        self.tokens.len() <= tokens
+            && rows.max(wants) <= most_rows
+            && std::iter::once(&self.global)
+                .chain(&self.local)
+                .all(one_of_each)
+    }
+
+    /// Adds rows that do nothing, so that every step of that many rows is packed alike.
+    pub(crate) fn pad_decode(&mut self, rows: usize, d: &Describe<'_>) {
+        self.pad_tokens(rows, d);
+        self.pad_outputs(rows);
         self.words.resize(words_room(rows), NOWHERE);
+    }
+
+    /// Adds tokens and rows that do nothing, so that what is read on the way to the hidden states is packed
+    /// alike in every step of that many tokens, and what is read from there on in every step.
+    pub(crate) fn pad_mixed(&mut self, tokens: usize, most_rows: usize, d: &Describe<'_>) {
+        self.pad_tokens(tokens, d);
+        self.pad_outputs(most_rows);
+        for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
+            lists.prompts.resize_with(1, PromptList::default);
+            lists.prompts[0].work.pad(d.prompt_room(tokens, most_rows));
+        }
+    }
+
+    /// Adds tokens that have no place in the cache and no attention work.
+    fn pad_tokens(&mut self, tokens: usize, d: &Describe<'_>) {
+        self.tokens.resize(tokens, 0);
+        self.positions.resize(tokens, 0);
+        self.places.resize(tokens, NOWHERE);
+        if d.local.is_some_and(|local| local.further > 0) {
+            self.local_places.resize(tokens, NOWHERE);
+        }
         if self.local.is_none() {
             self.local = d.local.map(|local| self.lists(d, Some(local)));
         }
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
             lists.decodes.resize_with(1, WorkList::default);
-            lists.decodes[0].work.resize(d.max_works, Work::default());
+            lists.decodes[0].pad(d.max_works);
         }
+    }
+
+    /// Adds rows that have no slot. They look at the first token.
+    fn pad_outputs(&mut self, rows: usize) {
+        while self.rows.len() < 2 * rows {
+            self.rows.extend([0, NONE]);
+        }
+        self.picks.resize(rows, 0);
+        self.wants.resize(
+            rows,
+            Want {
+                slot: NONE,
+                row: 0,
+                position: 0,
+                target: NONE,
+                sample: 0,
+                mask: NONE,
+            },
+        );
     }
 
     /// Packs everything for the GPU. `tables`: block tables of all slots.
     pub(crate) fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<Step, CudaError> {
         // The kernels of step_io.cu look for these at the start.
         packer.put(&[self.ticket, u64::from(self.masks)])?;
-        let mut step = Step {
-            packed: Slice::null(),
+        let rows = packer.put(&self.rows)?;
+        let wants = packer.put(&self.wants)?;
+        let picks = packer.put(&self.picks)?;
+        let outputs = packer.packed();
+        Ok(Step {
+            outputs,
+            rows,
+            wants,
+            picks,
             tokens: packer.put(&self.tokens)?,
             positions: packer.put(&self.positions)?,
             places: packer.put(&self.places)?,
             local_places: packer.put(&self.local_places)?,
-            rows: packer.put(&self.rows)?,
-            wants: packer.put(&self.wants)?,
-            picks: packer.put(&self.picks)?,
-            words: packer.put(&self.words)?,
-            copies: packer.put(&self.copies)?,
-            local_copies: packer.put(&self.local_copies)?,
             global: self.global.pack(packer, tables)?,
             local: match &self.local {
                 Some(local) => Some(local.pack(packer, tables)?),
                 None => None,
             },
+            inputs: {
+                let so_far = packer.packed();
+                so_far.range(outputs.len()..so_far.len())
+            },
+            words: packer.put(&self.words)?,
+            copies: packer.put(&self.copies)?,
+            local_copies: packer.put(&self.local_copies)?,
+            packed: packer.packed(),
+        })
+    }
+}
+
+impl Step {
+    /// Leaves out the padding behind so many outputs.
+    pub(crate) fn limit(&mut self, Outputs { rows, wants }: Outputs) {
+        self.rows = self.rows.range(0..2 * rows);
+        self.wants = self.wants.range(0..wants);
+        self.picks = self.picks.range(0..wants);
+    }
+}
+
+impl Describe<'_> {
+    /// Units of attention work that prompts of so many tokens together can be.
+    fn prompt_room(&self, tokens: usize, sequences: usize) -> usize {
+        let one = Sequence {
+            token: 0,
+            tokens: tokens as u32,
+            position: 0,
+            table: 0,
         };
-        step.packed = packer.packed();
-        Ok(step)
+        let mut work = Vec::new();
+        self.attention.prefill_work(&[one], None, &mut work);
+        // Every sequence may end in the middle of a tile.
+        work.len() + sequences
     }
 }
 
 impl HostLists {
     fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
-        let pack = |packer: &mut Packer, tables, work: &[Work], count: u32| {
+        let pack = |packer: &mut Packer, tables, list: &WorkList| {
             Ok::<_, CudaError>(AttentionStep {
                 tables,
-                work: packer.put(work)?,
-                works: packer.put(&[count])?,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[list.count])?,
                 window: self.window,
             })
         };
@@ -410,11 +523,11 @@ impl HostLists {
                 Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
                 None => (Slice::null(), tables),
             };
-            let step = pack(packer, tables, work, work.len() as u32)?;
+            let step = pack(packer, tables, work)?;
             lists.prompts.push(PromptStep { blocks, step });
         }
-        for WorkList { work, count } in &self.decodes {
-            lists.decodes.push(pack(packer, tables, work, *count)?);
+        for work in &self.decodes {
+            lists.decodes.push(pack(packer, tables, work)?);
         }
         Ok(lists)
     }
