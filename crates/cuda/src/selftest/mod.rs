@@ -36,6 +36,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("attention 128", attention::attention::<128>),
     ("attention 256", attention::attention::<256>),
     ("speed: matrices", linear::throughput),
+    ("speed: tiles", linear::tiles),
     ("speed: quantised", packed::throughput),
     ("speed: heads", attention::throughput),
     ("speed: heads, 8-bit KV", attention::packed_throughput),
