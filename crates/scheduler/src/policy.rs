@@ -79,7 +79,8 @@ const IDLE_STEP: u32 = 8;
 /// line shorter. It is a whole number of measures: tiles of matrix products are so large that a step
 /// between two takes as long as the larger one.
 ///
-/// The constants are the best ones by the model in `tests/pacing`, which is near what was measured.
+/// The constants are the best ones by the model in `tests/pacing`, which is near what was measured, and
+/// remain so with faster kernels and finer tiles in it.
 pub(crate) fn step_budget(demand: &Demand, capacity: &Capacity) -> u32 {
     let most = capacity.max_batch_tokens;
     let Some(measure) = capacity.step_tokens else {
