@@ -76,8 +76,8 @@ const IDLE_STEP: u32 = 8;
 /// are read once for both. The larger such a step, the earlier come first tokens and the further
 /// apart the others; and prompts that were computed in a hurry are missing later, in steps that have room for
 /// them. So a step is as large as it takes to keep up with the prompts that usually come and to make a long
-/// line shorter. It is a whole number of measures: tiles of matrix products are so large that a step
-/// between two takes as long as the larger one.
+/// line shorter. It is a whole number of measures, as
+/// the tiles of matrix products like it.
 ///
 /// The constants are the best ones by the model in `tests/pacing`, which is near what was measured, and
 /// remain so with faster kernels and finer tiles in it.
