@@ -188,6 +188,7 @@ fn complaint(fault: Fault, recompute: Recompute) -> Option<String> {
         block_size: 8,
         local: None,
         max_batch_tokens: 100,
+        step_tokens: None,
         max_seq_len: 128,
         vocab_size: 50,
         lanes: vec![Lane::Main, Lane::Prefill],

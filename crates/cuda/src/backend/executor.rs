@@ -15,6 +15,7 @@ use super::kv::{self, KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
 use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
+use super::pace::step_tokens;
 use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
@@ -406,6 +407,7 @@ struct Plan {
     logit_tile: usize,
     max_works: usize,
     packed_bytes: usize,
+    step_tokens: Option<u32>,
     lanes: usize,
     overlap: Overlap,
     /// Rates of rotation, common parts of keys.
@@ -556,6 +558,7 @@ impl Plan {
             logit_tile,
             max_works,
             packed_bytes,
+            step_tokens: step_tokens(model, weight_bytes, device.peaks()),
             lanes,
             overlap: config.overlap,
             constant_bytes: 2 * Arena::room_for::<f64>(model.head_dim)
@@ -610,6 +613,7 @@ impl Plan {
             blocks: self.kv.blocks(),
             block_size: config.block_size,
             max_batch_tokens: config.max_batch_tokens,
+            step_tokens: self.step_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
             lanes: [LaneId::Main, LaneId::Prefill][..self.lanes].to_vec(),
