@@ -71,6 +71,24 @@ impl<O: Ops> Transformer<O> {
         step: &mut O::Step,
         layers: Range<usize>,
     ) -> Result<(), O::Error> {
+        let last = layers.end == self.weights.layers.len();
+        self.hidden(ops, step, layers)?;
+        if last {
+            self.outputs(ops, step)?;
+        }
+        Ok(())
+    }
+
+    /// The part of [`forward`](Self::forward) that every token goes through: up to the last norm.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn hidden(
+        &mut self,
+        ops: &mut O,
+        step: &O::Step,
+        layers: Range<usize>,
+    ) -> Result<(), O::Error> {
         let (weights, a) = (&self.weights, &mut self.arena);
         if layers.start == 0 {
             let scale = self.config.embedding_scale;
@@ -95,12 +113,22 @@ impl<O: Ops> Transformer<O> {
             let delta = before.map(|w| (&a.delta, w.ffn_post_norm.as_ref()));
             let norm = &weights.final_norm;
             ops.add_rms_norm(step, delta, &mut a.residual, norm, &mut a.normed)?;
-            ops.check(step, &a.normed)?;
-            let head = weights.head.as_ref().unwrap_or(&weights.embedding);
-            for tile in ops.logit_tiles(step) {
-                ops.logits(step, tile, head, &a.normed)?;
-                ops.sample(step, tile)?;
-            }
+        }
+        Ok(())
+    }
+
+    /// The rest of it: logits and samples of the positions that want them.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn outputs(&mut self, ops: &mut O, step: &mut O::Step) -> Result<(), O::Error> {
+        let normed = &self.arena.normed;
+        ops.check(step, normed)?;
+        let head = self.weights.head.as_ref();
+        let head = head.unwrap_or(&self.weights.embedding);
+        for tile in ops.logit_tiles(step) {
+            ops.logits(step, tile, head, normed)?;
+            ops.sample(step, tile)?;
         }
         Ok(())
     }

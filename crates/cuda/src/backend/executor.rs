@@ -471,7 +471,8 @@ impl Plan {
         let tokens = config.max_batch_tokens as usize;
         // Twice for layers with and without a window.
         let decode_works = max_works.max(slots * (2 + splits));
-        let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works)
+        let prompt_works = tokens * model.heads_per_kv() / 16 + slots;
+        let work = 2 * size_of::<Work>() * (prompt_works + decode_works)
             + 2 * size_of::<Sharer>() * decode_works;
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {

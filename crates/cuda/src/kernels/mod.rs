@@ -36,7 +36,7 @@ pub use packed_sm90a::PackedHopper;
 pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
-    Top, Want,
+    Top, Want, counts_stride,
 };
 pub use scatter::Scatter;
 pub use step_io::{Delivery, Done, FAILED_AT, MASKS_AT, RING, StepIo, Turn};
