@@ -491,9 +491,8 @@ impl Attention {
     /// When the device is lost.
     ///
     /// # Safety
-    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile. What was queued last on the stream is
-    /// the attention of prompts if this runs beside it; else other decoding, or a kernel that waits for what is before
-    /// it before it lets the next start (as [`append`](super::Rope::append) does), or nothing that this reads.
+    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile. If it runs beside prompts, their
+    /// attention is what was queued last on the stream.
     ///
     /// # Panics
     /// If a buffer is too small.
