@@ -746,7 +746,8 @@ struct Attention {
   }
 
   // The end of a split: its outcome is a sequence's output if that sees no other; else the last one merges.
-  __device__ __forceinline__ void hand_on(const Task& task, const Rows& rows, const Weights& weights, int consumer) const {
+  __device__ __forceinline__ void hand_on(const Task& task, const Rows& rows, const Weights& weights,
+                                          int consumer) const {
     const float2 total[2] = {weights.row(0, args.scale), weights.row(1, args.scale)};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
