@@ -361,7 +361,8 @@ impl Attention {
         }
     }
 
-    /// Room for decode steps with up to so many [sharers](super::DecodeWork::sharers); [`DecodeScratch::reset`] it before the first.
+    /// Room for decode steps with up to so many [sharers](super::DecodeWork::sharers);
+    /// [`DecodeScratch::reset`] it before the first.
     ///
     /// # Errors
     /// When the arena is too small.
