@@ -21,9 +21,7 @@ struct Arena<A> {
     qkv: A,
     /// Attention output, `[tokens, heads * head_dim]`.
     attn: A,
-    /// Gate and up projections, `[tokens, 2 * ffn]`.
-    gate_up: A,
-    /// The gated product, `[tokens, ffn]`.
+    /// The gated product of gate and up projections, `[tokens, ffn]`.
     gated: A,
 }
 
@@ -44,7 +42,6 @@ impl<O: Ops> Transformer<O> {
             delta: ops.alloc(c.hidden)?,
             qkv: ops.alloc(c.q_width() + 2 * c.kv_width())?,
             attn: ops.alloc(c.q_width())?,
-            gate_up: ops.alloc(2 * c.ffn)?,
             gated: ops.alloc(c.ffn)?,
         };
         Ok(Self {
@@ -104,8 +101,7 @@ impl<O: Ops> Transformer<O> {
             Self::attention(ops, step, i, w, a)?;
             let delta = Some((&a.delta, w.attn_post_norm.as_ref()));
             ops.add_rms_norm(step, delta, &mut a.residual, &w.ffn_norm, &mut a.normed)?;
-            ops.linear(step, &w.gate_up, &a.normed, &mut a.gate_up)?;
-            ops.act_mul(step, activation, &a.gate_up, &mut a.gated)?;
+            ops.gated_linear(step, &w.gate_up, activation, &a.normed, &mut a.gated)?;
             ops.linear(step, &w.down, &a.gated, &mut a.delta)?;
         }
         if last {

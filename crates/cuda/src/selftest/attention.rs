@@ -1,3 +1,5 @@
+mod small;
+
 use std::ops::Range;
 use std::thread;
 
@@ -12,6 +14,8 @@ use crate::kernels::{
     ALL_BLOCKS, Attention, AttentionModel, AttentionStep, DecodeScratch, DecodeWork, Embed,
     KvDtype, KvShape, Path, Sequence, UnpackBlocks,
 };
+
+pub(super) use small::small;
 
 /// Weights and outputs rounded to bfloat16.
 const LIMIT: f64 = 6e-3;
@@ -127,28 +131,44 @@ impl Case {
             let shared = (lab.below(2 * blocks as usize + 1) as u32).min(blocks);
             (of, if alone { 0 } else { shared * block_size })
         });
-        let prefixes: Vec<(usize, u32)> = prefixes.collect();
-        let blocks: u32 = lengths.iter().map(|n| n.div_ceil(block_size)).sum();
+        let prefixes = prefixes.collect();
+        let group = lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]);
+        let shape = KvShape::new(dtype, 0, kv_heads, block_size, head_dim);
+        let mut case = Self::new(lab, shape, group, lengths, prefixes);
+        case.model.softcap = (lab.below(4) == 0).then_some(20.0);
+        case
+    }
+
+    /// Sequences of these lengths and [prefixes](Self::prefixes); `group` query heads per key/value head of `shape`.
+    fn new(
+        lab: &mut Lab,
+        shape: KvShape,
+        group: u32,
+        lengths: Vec<u32>,
+        prefixes: Vec<(usize, u32)>,
+    ) -> Self {
+        let in_blocks = |n: &u32| n.div_ceil(shape.block_size);
         // Some blocks are nobody's.
-        let mut free: Vec<u32> = (0..blocks + 3).collect();
+        let blocks = lengths.iter().map(in_blocks).sum::<u32>() + 3;
+        let mut free: Vec<u32> = (0..blocks).collect();
         let mut tables: Vec<Vec<u32>> = Vec::new();
-        for (n, (of, shared)) in lengths.iter().zip(&prefixes) {
-            let shared = (shared / block_size) as usize;
+        for (length, (of, shared)) in lengths.iter().zip(&prefixes) {
+            let shared = (shared / shape.block_size) as usize;
             let mut table = tables.get(*of).map_or(Vec::new(), |t| t[..shared].to_vec());
-            while table.len() < n.div_ceil(block_size) as usize {
+            while table.len() < in_blocks(length) as usize {
                 table.push(free.swap_remove(lab.below(free.len())));
             }
             tables.push(table);
         }
-        let shape = KvShape::new(dtype, blocks + 3, kv_heads, block_size, head_dim);
+        let shape = shape.with(shape.dtype(), blocks);
         Self {
             seed: lab.random(),
             values: shape,
             model: AttentionModel {
-                heads: kv_heads * lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]),
+                heads: shape.kv_heads * group,
                 shape,
-                scale: (head_dim as f32).powf(-0.5),
-                softcap: (lab.below(4) == 0).then_some(20.0),
+                scale: (shape.head_dim as f32).powf(-0.5),
+                softcap: None,
             },
             window: None,
             lengths,
