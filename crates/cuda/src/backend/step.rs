@@ -65,32 +65,36 @@ struct HostLists {
     decodes: Vec<WorkList>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct PromptList {
-    work: Vec<Work>,
-    /// What work follows is padding.
-    count: u32,
-    /// How many blocks may do it.
-    blocks: u32,
+    work: WorkList,
     /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
     unpacked: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 #[derive(Debug, Default)]
 struct WorkList {
-    list: DecodeWork,
+    work: Vec<Work>,
+    /// Of decodes.
+    sharers: Vec<Sharer>,
     /// What work follows is padding.
     count: u32,
+    /// How many thread blocks may do it.
+    blocks: u32,
 }
 
-impl PromptList {
-    fn new(work: Vec<Work>, unpacked: Option<(Vec<u32>, Vec<u32>)>) -> Self {
+impl WorkList {
+    fn new(work: Vec<Work>, sharers: Vec<Sharer>) -> Self {
         Self {
             count: work.len() as u32,
-            work,
             blocks: ALL_BLOCKS,
-            unpacked,
+            work,
+            sharers,
         }
+    }
+
+    fn pad(&mut self, room: usize) {
+        self.work.resize(room, Work::default());
     }
 }
 
@@ -279,7 +283,10 @@ impl HostStep {
                 let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
                 let (prompts, mut work) = (prompts.collect::<Vec<_>>(), Vec::new());
                 d.tiling.prefill_work(&prompts, window, &mut work);
-                lists.prompts.push(PromptList::new(work, None));
+                lists.prompts.push(PromptList {
+                    work: WorkList::new(work, Vec::new()),
+                    unpacked: None,
+                });
             }
         }
         let decodes = self.decodes.iter();
@@ -297,17 +304,14 @@ impl HostStep {
                 }
                 count = count.div_ceil(2);
             }
-            lists.decodes.push(WorkList {
-                count: list.work.len() as u32,
-                list,
-            });
+            lists.decodes.push(WorkList::new(list.work, list.sharers));
             rest = &rest[count..];
         }
         // The last prompts and the first decodes run side by side.
         if let (Some(prompts), Some(decodes)) = (lists.prompts.last_mut(), lists.decodes.first()) {
-            prompts.blocks = d
-                .tiling
-                .prefill_blocks(&prompts.work, &decodes.list.work, window);
+            prompts.work.blocks =
+                d.tiling
+                    .prefill_blocks(&prompts.work.work, &decodes.work, window);
         }
         lists
     }
@@ -359,7 +363,10 @@ impl HostStep {
             );
             let mut work = Vec::new();
             d.tiling.prefill_work(&sequences, window, &mut work);
-            lists.push(PromptList::new(work, Some((blocks, tables))));
+            lists.push(PromptList {
+                work: WorkList::new(work, Vec::new()),
+                unpacked: Some((blocks, tables)),
+            });
             rest = &rest[sequences.len()..];
         }
         lists
@@ -394,7 +401,7 @@ impl HostStep {
     pub(crate) fn fits_mixed(&self, tokens: usize, most_rows: usize, d: &Describe) -> bool {
         let room = d.prompt_room(tokens, most_rows);
         let one_of_each = |lists: &HostLists| {
-            let fits = |list: &PromptList| list.unpacked.is_none() && list.work.len() <= room;
+            let fits = |list: &PromptList| list.unpacked.is_none() && list.work.work.len() <= room;
             lists.prompts.len() <= 1 && lists.prompts.iter().all(fits) && lists.decodes.len() <= 1
         };
         let Outputs { rows, wants } = self.outputs();
@@ -418,10 +425,8 @@ impl HostStep {
         self.pad_tokens(tokens, d);
         self.pad_outputs(most_rows);
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
-            let none = || PromptList::new(Vec::new(), None);
-            lists.prompts.resize_with(1, none);
-            let room = d.prompt_room(tokens, most_rows);
-            lists.prompts[0].work.resize(room, Work::default());
+            lists.prompts.resize_with(1, PromptList::default);
+            lists.prompts[0].work.pad(d.prompt_room(tokens, most_rows));
         }
     }
 
@@ -438,8 +443,8 @@ impl HostStep {
         }
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
             lists.decodes.resize_with(1, WorkList::default);
-            let list = &mut lists.decodes[0].list;
-            list.work.resize(d.max_works, Work::default());
+            let list = &mut lists.decodes[0];
+            list.pad(d.max_works);
             list.sharers.resize(d.max_works, Sharer::default());
         }
     }
@@ -524,35 +529,32 @@ impl Describe {
 
 impl HostLists {
     fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
+        let pack = |packer: &mut Packer, tables, list: &WorkList, beside| {
+            Ok::<_, CudaError>(AttentionStep {
+                tables,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[list.count, list.blocks])?,
+                sharers: packer.put(&list.sharers)?,
+                window: self.window,
+                beside,
+            })
+        };
         let mut lists = AttentionLists {
             prompts: Vec::new(),
             decodes: Vec::new(),
         };
-        for list in &self.prompts {
-            let (blocks, tables) = match &list.unpacked {
+        for PromptList { work, unpacked } in &self.prompts {
+            let (blocks, tables) = match unpacked {
                 Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
                 None => (Slice::null(), tables),
             };
-            let step = AttentionStep {
-                tables,
-                work: packer.put(&list.work)?,
-                works: packer.put(&[list.count, list.blocks])?,
-                sharers: Slice::null(),
-                window: self.window,
-                beside: false,
-            };
+            let step = pack(packer, tables, work, false)?;
             lists.prompts.push(PromptStep { blocks, step });
         }
-        for WorkList { list, count } in &self.decodes {
-            lists.decodes.push(AttentionStep {
-                tables,
-                work: packer.put(&list.work)?,
-                works: packer.put(&[*count, ALL_BLOCKS])?,
-                sharers: packer.put(&list.sharers)?,
-                window: self.window,
-                // The next lists' decodes use the same scratch memory.
-                beside: !self.prompts.is_empty() && lists.decodes.is_empty(),
-            });
+        for work in &self.decodes {
+            // The next lists' decodes use the same scratch memory.
+            let beside = !self.prompts.is_empty() && lists.decodes.is_empty();
+            lists.decodes.push(pack(packer, tables, work, beside)?);
         }
         Ok(lists)
     }

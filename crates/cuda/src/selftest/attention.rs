@@ -131,7 +131,7 @@ impl Case {
             let shared = (lab.below(2 * blocks as usize + 1) as u32).min(blocks);
             (of, if alone { 0 } else { shared * block_size })
         });
-        let prefixes: Vec<(usize, u32)> = prefixes.collect();
+        let prefixes = prefixes.collect();
         let group = lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]);
         let shape = KvShape::new(dtype, 0, kv_heads, block_size, head_dim);
         let mut case = Self::new(lab, shape, group, lengths, prefixes);
@@ -139,7 +139,7 @@ impl Case {
         case
     }
 
-    /// `group` query heads per key/value head of `shape`.
+    /// Sequences of these lengths and [prefixes](Self::prefixes); `group` query heads per key/value head of `shape`.
     fn new(
         lab: &mut Lab,
         shape: KvShape,
@@ -147,15 +147,15 @@ impl Case {
         lengths: Vec<u32>,
         prefixes: Vec<(usize, u32)>,
     ) -> Self {
-        let in_blocks = |n: u32| n.div_ceil(shape.block_size);
+        let in_blocks = |n: &u32| n.div_ceil(shape.block_size);
         // Some blocks are nobody's.
-        let blocks = lengths.iter().map(|&n| in_blocks(n)).sum::<u32>() + 3;
+        let blocks = lengths.iter().map(in_blocks).sum::<u32>() + 3;
         let mut free: Vec<u32> = (0..blocks).collect();
         let mut tables: Vec<Vec<u32>> = Vec::new();
-        for (&n, (of, shared)) in lengths.iter().zip(&prefixes) {
+        for (length, (of, shared)) in lengths.iter().zip(&prefixes) {
             let shared = (shared / shape.block_size) as usize;
             let mut table = tables.get(*of).map_or(Vec::new(), |t| t[..shared].to_vec());
-            while table.len() < in_blocks(n) as usize {
+            while table.len() < in_blocks(length) as usize {
                 table.push(free.swap_remove(lab.below(free.len())));
             }
             tables.push(table);

@@ -1,12 +1,12 @@
-use super::{Bench, Case, Chunk, DTYPES, LIMIT, distance, paths};
+use super::{Bench, Case, Chunk, DTYPES, How, LIMIT, distance, paths};
 use crate::CudaError;
-use crate::kernels::KvShape;
+use crate::kernels::{ALL_BLOCKS, KvShape};
 use crate::selftest::lab::{Lab, Report};
 
 /// Sequences of one tile of positions: with three key/value heads more work than there are SMs.
 const SHORT: usize = 50;
 
-/// The last tokens of the long sequence, which see two splits on Hopper and five elsewhere: two tiles of query rows.
+/// The last tokens of the long sequences, which see two splits on Hopper and five elsewhere: two tiles of query rows.
 const LAST: u32 = 70;
 
 /// What the sanitizer, which runs a thousand times slower, gets through: each kernel for heads of `HEAD_DIM`
@@ -16,23 +16,25 @@ pub(in crate::selftest) fn small<const HEAD_DIM: u32>(
 ) -> Result<Vec<Report>, CudaError> {
     let mut reports = Vec::new();
     for (dtype, dtype_name) in DTYPES {
-        let mut lengths = vec![1100];
+        // Two that share a split on Hopper.
+        let mut lengths = vec![1100, 1100];
         lengths.extend((0..SHORT).map(|_| 1 + lab.below(30) as u32));
-        let (alone, shape) = (
-            vec![(0, 0); lengths.len()],
-            KvShape::new(dtype, 0, 3, 16, HEAD_DIM),
-        );
-        let case = Case::new(lab, shape, 2, lengths, alone);
+        let mut prefixes = vec![(0, 0); lengths.len()];
+        prefixes[1] = (0, 1024);
+        let shape = KvShape::new(dtype, 0, 3, 16, HEAD_DIM);
+        let case = Case::new(lab, shape, 2, lengths, prefixes);
         let expected = case.expected();
         for (path, name) in paths(lab.device()) {
             lab.clear()?;
             let bench = Bench::new(lab, path, &case)?;
-            for (what, last) in [("prefill", LAST), ("decode", 1)] {
-                let chunks = last_tokens(&case, last);
-                let outs = match last {
-                    1 => bench.decode(lab, &chunks)?,
-                    _ => bench.prefill(lab, &chunks)?,
-                };
+            let (last, single) = (last_tokens(&case, LAST), last_tokens(&case, 1));
+            for (what, prompts, singles, how) in [
+                ("prefill", &last[..], &[][..], How::InTurn),
+                ("decode", &[], &single, How::InTurn),
+                ("both", &last[..2], &single[2..], How::Beside(ALL_BLOCKS)),
+            ] {
+                let chunks = [prompts, singles].concat();
+                let outs = bench.run(lab, prompts, singles, how)?;
                 let pairs = chunks.iter().zip(outs).zip(&expected);
                 let errors = pairs.map(|((chunk, out), expected)| {
                     let want = expected.last().expect("the last position is compared");
