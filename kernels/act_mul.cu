@@ -1,19 +1,12 @@
 // The gate of a feed-forward block: out[t] = activation(gate[t]) * up[t].
-//   act_mul_silu: x * sigmoid(x);  act_mul_gelu: the tanh approximation of GELU (Hendrycks & Gimpel 2016).
+// The products of gemm_sm90a.cuh do the same themselves, bit for bit.
 //
 // gate_up  bf16 [n, 2 * width], a row is gate, then up;  out  bf16 [n, width]
 //
 // Launch: a grid that strides over n * width / 8 vectors. Roofline: 6 * width bytes per token.
+#include "activation.cuh"
 #include "ptx.cuh"
 #include "types.cuh"
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
-
-// x/2 (1 + tanh u) = x / (1 + e^(-2u))
-__device__ __forceinline__ float gelu_tanh(float x) {
-  const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-  return x / (1.f + __expf(-2.f * u));
-}
 
 template <float (*ACTIVATION)(float)>
 __device__ __forceinline__ void act_mul(const bf16* gate_up, uint32_t n, uint32_t width, bf16* out) {

@@ -6,8 +6,8 @@
 // heads of a key/value head are the 16 rows of an mma. So a sequence's result depends on its own
 // length and window alone, not on the batch, the grid or where its blocks lie.
 //
-// work: every split that a sequence's query sees, neighbours in order. split is a multiple of
-// 16 * WARPS, at most 32 * 16 * WARPS.
+// work: every split that a sequence's query sees; no two sequences share one. split is a multiple of 16 * WARPS, at
+// most 32 * 16 * WARPS.
 //
 // Launch: any number of blocks, at best as many as fit on the SMs; 32 * WARPS threads; SHARED_BYTES.
 // Each warp streams its tiles through a ring of its own, so nothing in the loop waits for another warp.
@@ -35,6 +35,7 @@ struct Decode {
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // The work in hand.
+  Sharer sharer;
   uint32_t kv_head, first_row, rows;  // rows: query heads, at most 16 of the group
   uint32_t length, seen_from;         // the query sees positions seen_from .. length
   uint32_t tile, tiles;               // this warp's first tile, and how many it has, WARPS apart
@@ -57,6 +58,7 @@ struct Decode {
     for (uint32_t index = blockIdx.x; index < count; index += gridDim.x) {
       const uint32_t at = index / heads, head = index % heads;
       const Work work = args.work[at];
+      sharer = args.sharers[work.token];
       kv_head = head / row_tiles();
       first_row = head % row_tiles() * 16;
       rows = min(args.group - first_row, 16u);
@@ -64,9 +66,9 @@ struct Decode {
       seen_from = first_seen(args, work.position);
       const uint32_t begin = max(work.part * split, seen_from), end = min((work.part + 1) * split, length);
       find_tiles(begin / TILE, divide_up(end, TILE), work.table);
-      load_queries(work.token);
+      load_queries(sharer.token);
       const Weights weights = accumulate(end);
-      finish(work, at, head, weights);
+      finish(work.part, head, weights);
     }
   }
 
@@ -192,7 +194,7 @@ struct Decode {
   }
 
   // Adds up the warps, in order, and hands the result on: to the output if there is no other split.
-  __device__ __forceinline__ void finish(const Work& work, uint32_t at, uint32_t head, const Weights& weights) {
+  __device__ __forceinline__ void finish(uint32_t part, uint32_t head, const Weights& weights) {
     __shared__ float2 sums[WARPS][16];
     __shared__ bool last;
     float(*outs)[16][HD] = reinterpret_cast<float(*)[16][HD]>(shared);
@@ -212,9 +214,9 @@ struct Decode {
     const uint32_t first_part = seen_from / split, parts = divide_up(length, split) - first_part;
     const uint32_t heads = args.shape.kv_heads * row_tiles();
     // Slots of one sequence and key/value head: `kv_heads` apart from split to split.
-    const size_t slot = size_t(at) * args.shape.kv_heads + kv_head;
-    const size_t first_slot = slot - size_t(work.part - first_part) * args.shape.kv_heads;
-    bf16* to = args.out + (size_t(work.token) * args.shape.kv_heads + kv_head) * args.group * HD;
+    const size_t first_slot = size_t(sharer.slot) * args.shape.kv_heads + kv_head;
+    const size_t slot = first_slot + size_t(part - first_part) * args.shape.kv_heads;
+    bf16* to = args.out + (size_t(sharer.token) * args.shape.kv_heads + kv_head) * args.group * HD;
     for (uint32_t i = threadIdx.x; i < rows * (HD / 4); i += THREADS) {
       const uint32_t row = i / (HD / 4), column = i % (HD / 4) * 4;
       float2 total = make_float2(-infinity(), 0.f);
@@ -244,7 +246,7 @@ struct Decode {
     if (parts > 1) {
       __threadfence();
       __syncthreads();
-      const size_t counter = size_t(at - (work.part - first_part)) * heads + head;
+      const size_t counter = size_t(sharer.slot) * heads + head;
       if (threadIdx.x == 0) last = atomicAdd(args.counters + counter, 1) == parts - 1;
       __syncthreads();
       if (last) {

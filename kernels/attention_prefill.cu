@@ -41,7 +41,7 @@ struct Prefill {
     const uint32_t count = *args.works * args.shape.kv_heads;
     uint32_t index;
     for (uint32_t round = 0; round * gridDim.x < count; round++) {
-      if (!next_work(round, count, index)) continue;
+      if (!next_work(round, count, gridDim.x, index)) continue;
       work = args.work[index / args.shape.kv_heads];
       kv_head = index % args.shape.kv_heads;
       first_row = work.part * ROWS;

@@ -12,12 +12,15 @@
 // cache  a tensor map of all keys and values: 64 elements, 8 rows, parts of 64 elements of a head, groups of 8
 //        rows; a box is box_rows rows with the 128-byte swizzle; box_rows divides block_size and N and is a
 //        multiple of 16
-// work   prefill: the tiles of query rows of every sequence, those with the most positions first;
-//        decode: every split that a sequence's query sees, neighbours in order
+// work   those with the most positions first. prefill: the tiles of query rows of every sequence;
+//        decode: every split that a sequence's query sees, or, read once, that several sequences' queries see,
+//        up to 64 / group: their heads are rows of one tile
 //
 // Launch: any number of blocks, at best one per SM; THREADS; SHARED_BYTES. The first warpgroup loads: one
 // warp keys and values, one warp per consumer its queries. Two consumers take turns on the tensor cores:
-// while one computes its softmax, the other multiplies.
+// while one computes its softmax, the other multiplies. Decoding may run beside prefill that was queued just
+// before it, on SMs that this leaves: prefill lets it start once it has itself waited for what was before both, and
+// decoding ends only when prefill has ended.
 // Roofline: prefill 4 * head_dim operations per query row and position that it sees; decode 4 * head_dim
 // bytes per position and key/value head.
 #include "attention_sm90a.cuh"

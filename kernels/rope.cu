@@ -88,6 +88,7 @@ __device__ __forceinline__ void append(bf16* __restrict__ qkv, const float* __re
   bf16* const from = qkv + (size_t(token) * all_heads + head) * shape.head_dim;
   Vec8 a = {}, b = {};
   if (active) a = load8(from + first), b = load8(from + second);
+  const uint32_t place = active && !is_query ? places[token] : NOWHERE;  // on its way with them
 
   const float* norm = is_query ? q_norm : k_norm;
   if (q_norm) {
@@ -139,7 +140,6 @@ __device__ __forceinline__ void append(bf16* __restrict__ qkv, const float* __re
     store8(from + second, b);
     return;
   }
-  const uint32_t place = places[token];
   if (place == NOWHERE) return;
   const uint32_t kv_head = is_value ? head - heads - shape.kv_heads : head - heads;
   uint8_t* const tile =

@@ -10,14 +10,22 @@
 #include "kv.cuh"
 #include "types.cuh"
 
-// A unit of work, for each key/value head: a tile of a sequence's query rows, or a split of the positions
-// that its one query sees.
+// A unit of work, for each key/value head: a tile of a sequence's query rows; or, of sequences with one query
+// each, a split of the positions that these see. Sequences share the work of a split whose blocks are the same
+// if all of them see all of it.
 struct Work {
-  uint32_t token;     // the sequence's first token in the step
-  uint32_t tokens;    // how many of the step's tokens are the sequence's
-  uint32_t position;  // of the first
-  uint32_t table;     // where the sequence's block table begins in `tables`
+  uint32_t token;     // the sequence's first token in the step; of a split, its first sharer in `sharers`
+  uint32_t tokens;    // how many of the step's tokens are the sequence's; how many share the split
+  uint32_t position;  // of the first; the sharer's, or of several the last of the split
+  uint32_t table;     // where the sequence's block table begins in `tables`; of several, anyone's
   uint32_t part;      // which tile, or which split
+};
+
+// A sequence with one query, in the work of one of its splits.
+struct Sharer {
+  uint32_t token;     // in the step
+  uint32_t position;  // of that token
+  uint32_t slot;      // of the partial result of the sequence's first split; those of the others follow
 };
 
 struct AttentionArgs {
@@ -26,11 +34,16 @@ struct AttentionArgs {
   const uint8_t* cache;
   const uint32_t* tables;  // block ids
   const Work* work;
-  const uint32_t* works;  // how much of it there is: on the device, so that a captured graph can vary it
-  // Of decoding: partial results, one slot per work and key/value head; counters, zero before and after.
+  // How much work there is, and (to the Hopper kernels) how many blocks may do it: on the device, so that a
+  // captured graph can vary them.
+  const uint32_t* works;
+  // Of decoding: who shares works; partial results, one slot per sequence, split and key/value head; counters,
+  // zero before and after.
+  const Sharer* sharers;
   float* partial_out;   // [slots, group, head_dim]
   float2* partial_sum;  // [slots, group]: scaled maximum and sum, see Weights::row
   uint32_t* counters;   // [slots, ceil(group / 16)]
+  uint32_t* queue;      // on Hopper: works taken, blocks ended; zero before and after
   KvShape shape;
   uint32_t layer;
   uint32_t q_stride;  // elements from token to token in q
@@ -38,6 +51,7 @@ struct AttentionArgs {
   uint32_t window;    // a query sees that many positions up to its own; less than 2^31
   float scale;        // of scores, times log2(e)
   float cap_in, cap_out;  // score = cap_out * tanh(cap_in * score) first, if cap_out is not 0
+  uint32_t beside;    // of decoding on Hopper: not 0 if it runs beside the prompts' kernel, queued just before
 };
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
@@ -59,12 +73,12 @@ __device__ __forceinline__ uint32_t first_seen(const AttentionArgs& args, uint32
   return position < args.window ? 0 : position + 1 - args.window;
 }
 
-// The index of a block's work among `count` when each block takes every gridDim.x-th, back and forth:
+// The index of a block's work among `count` when each of `blocks` takes every blocks-th, back and forth:
 // work comes largest first, so this evens out what the blocks get. False when there is no more.
-__device__ __forceinline__ bool next_work(uint32_t round, uint32_t count, uint32_t& index) {
-  const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-  index = round * gridDim.x + place;
-  return index < count;
+__device__ __forceinline__ bool next_work(uint32_t round, uint32_t count, uint32_t blocks, uint32_t& index) {
+  const uint32_t place = round % 2 == 0 ? blockIdx.x : blocks - 1 - blockIdx.x;
+  index = round * blocks + place;
+  return blockIdx.x < blocks && index < count;
 }
 
 // Hides the scores of positions that a row doesn't see. Element 4 j + 2 h + i is the row at position own[h]

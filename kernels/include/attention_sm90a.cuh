@@ -10,6 +10,7 @@
 
 constexpr int STAGES = 2;
 constexpr int MAX_SLOTS = 8;
+constexpr int DEALS = 4;  // works that the first warp of a decoding block may be ahead of the others
 constexpr int SHARED_LIMIT = 226 * 1024;  // and up to 1 KiB that is not dynamic
 // A decode step of one long sequence wants short splits, to spread over the SMs; prefill wants few merges.
 constexpr uint32_t SPLIT = 1024;
@@ -17,7 +18,6 @@ constexpr uint32_t SPLIT = 1024;
 // Work of one key/value head, with what follows from it.
 struct Task {
   Work work;
-  uint32_t at;  // its place in the list
   uint32_t kv_head;
   uint32_t first_row;
   uint32_t first_tile, end_tile;  // of positions; end_tile is 0 when there is no more work
@@ -28,6 +28,7 @@ template <int HD_, int N_, int CONSUMERS_, bool DECODE_, bool PACKED_ = false>
 struct Shape {
   static constexpr int HD = HD_, N = N_, CONSUMERS = CONSUMERS_;
   static constexpr bool DECODE = DECODE_, PACKED = PACKED_;
+  static constexpr bool DEALT = DECODE && !PACKED;  // whether blocks take works as they come to need them
   static constexpr int ROWS = 64 * CONSUMERS;
   // Warpgroups that make bfloat16 of codes. Two would leave too few registers for outputs of 256 elements.
   static constexpr int UNPACKERS = PACKED ? (HD > 128 ? 1 : 2) : 0;
@@ -43,12 +44,14 @@ struct Shape {
   static constexpr int SLOTS_AT = TOTALS_AT + (DECODE ? 0 : ROWS * HD * 4);
   // A slot holds the codes of a tile of keys or values; at most one scale per 16 elements.
   static constexpr int SLOT = N * (HD + HD / 8);
-  static constexpr int BARRIERS = 4 * STAGES + 2 * CONSUMERS, TASKS = CONSUMERS * static_cast<int>(sizeof(Task));
+  static constexpr int DEALS_AT = 4 * STAGES + 2 * CONSUMERS, BARRIERS = DEALS_AT + (DEALT ? 2 * DEALS : 0);
+  static constexpr int TASKS = CONSUMERS * static_cast<int>(sizeof(Task));
   static constexpr int FIT = (SHARED_LIMIT - SLOTS_AT - 8 * BARRIERS - TASKS) / (SLOT + 16);
   static constexpr int SLOTS = PACKED ? (FIT < MAX_SLOTS ? FIT : MAX_SLOTS) : 0;
   static constexpr int BARRIERS_AT = SLOTS_AT + SLOTS * SLOT;
   static constexpr int TASKS_AT = BARRIERS_AT + 8 * BARRIERS + 16 * SLOTS;
-  static constexpr int SHARED_BYTES = TASKS_AT + TASKS;
+  static constexpr int DEALT_AT = TASKS_AT + TASKS;
+  static constexpr int SHARED_BYTES = DEALT_AT + (DEALT ? 4 * DEALS : 0);
   static_assert(SHARED_BYTES <= SHARED_LIMIT);
   static constexpr uint32_t TILES_PER_SPLIT = SPLIT / N;
 };
@@ -65,6 +68,12 @@ struct Ring {
       parity ^= 1;
     }
   }
+};
+
+// How many works a warp has taken, and where it finds the next.
+struct Taken {
+  uint32_t count = 0;
+  Ring<DEALS> deal;
 };
 
 // The two consumers' turns on the tensor cores. The identifiers are literals: see warpgroup_barrier.
@@ -119,6 +128,9 @@ struct Attention {
   __device__ __forceinline__ uint32_t slot_full(int slot) const { return barrier(S::BARRIERS + slot); }
   __device__ __forceinline__ uint32_t slot_empty(int slot) const { return barrier(S::BARRIERS + S::SLOTS + slot); }
 
+  __device__ __forceinline__ uint32_t deal_full(int deal) const { return barrier(S::DEALS_AT + deal); }
+  __device__ __forceinline__ uint32_t deal_empty(int deal) const { return barrier(S::DEALS_AT + DEALS + deal); }
+
   __device__ __forceinline__ void init_barriers() const {
     for (int stage = 0; stage < STAGES; stage++) {
       barrier_init(keys_full(stage), S::PACKED ? 4 * S::UNPACKERS : 1);
@@ -134,23 +146,27 @@ struct Attention {
       barrier_init(slot_full(slot), 32);
       barrier_init(slot_empty(slot), 4 * S::UNPACKERS);
     }
+    for (int deal = 0; S::DEALT && deal < DEALS; deal++) {
+      barrier_init(deal_full(deal), 1);
+      barrier_init(deal_empty(deal), 1);
+    }
     barrier_init_fence();
   }
 
   // ---- the work
 
-  // This block's next work. Each loading warp finds it for itself.
-  __device__ __forceinline__ Task take(uint32_t& round) const {
+  static constexpr uint32_t NOWHERE = 0xffffffffu;
+
+  // This block's next work, for each warp that loads or unpacks.
+  __device__ __forceinline__ Task take(Taken& taken) const {
     Task task = {};
-    const uint32_t count = *args.works * args.shape.kv_heads;
-    uint32_t index;
-    if (!next_work(round++, count, index)) return task;
-    task.at = index / args.shape.kv_heads;
+    const uint32_t index = S::DEALT ? next_deal(taken) : next_in_turn(taken);
+    if (index == NOWHERE) return task;
     task.kv_head = index % args.shape.kv_heads;
-    task.work = args.work[task.at];
+    task.work = args.work[index / args.shape.kv_heads];
     task.first_row = S::DECODE ? 0 : task.work.part * S::ROWS;
     const uint32_t tokens = min(task.work.tokens, divide_up(task.first_row + S::ROWS, args.group));
-    task.end = task.work.position + tokens;
+    task.end = task.work.position + (S::DECODE ? 1 : tokens);
     task.first_tile = first_seen(args, position(task, 0)) / N;
     task.end_tile = divide_up(task.end, N);
     if (S::DECODE) {
@@ -160,32 +176,68 @@ struct Attention {
     return task;
   }
 
-  // Position of a row of the tile; of rows behind the last token, what it would be.
+  __device__ __forceinline__ uint32_t next_in_turn(Taken& taken) const {
+    const uint2 works = *reinterpret_cast<const uint2*>(args.works);
+    uint32_t index;
+    const uint32_t count = works.x * args.shape.kv_heads, blocks = min(works.y, gridDim.x);
+    return next_work(taken.count++, count, blocks, index) ? index : NOWHERE;
+  }
+
+  // Decoding blocks take works when they have room for them: some begin late, beside prompts, and works differ
+  // in length. The warp that loads keys and values takes, and tells the one that loads queries. (With codes, where
+  // more warps would have to be told, that was slower: 165 instead of 151 us.)
+  __device__ __forceinline__ uint32_t next_deal(Taken& taken) const {
+    const Ring<DEALS> deal = taken.deal;
+    volatile uint32_t* const dealt = reinterpret_cast<uint32_t*>(shared_pointer + S::DEALT_AT) + deal.stage;
+    uint32_t index = NOWHERE;
+    taken.deal.advance();
+    if (threadIdx.x < 32) {
+      if (threadIdx.x == 0) {
+        uint32_t next = blockIdx.x;
+        if (taken.count != 0) next = gridDim.x + atomicAdd(args.queue, 1);
+        if (next < *args.works * args.shape.kv_heads) index = next;
+        // The last block leaves the queue as it was.
+        if (index == NOWHERE && atomicInc(args.queue + 1, gridDim.x - 1) == gridDim.x - 1) *args.queue = 0;
+        barrier_wait(deal_empty(deal.stage), deal.parity ^ 1);
+        *dealt = index;
+        barrier_arrive(deal_full(deal.stage));
+      }
+      taken.count++;
+      return __shfl_sync(0xffffffffu, index, 0);
+    }
+    barrier_wait(deal_full(deal.stage), deal.parity);
+    index = *dealt;
+    __syncwarp();
+    release(deal_empty(deal.stage));
+    return index;
+  }
+
+  // Position of a row of the tile; of rows behind the last token, what it would be. Sharers of a split see
+  // all of it, as if they were at its last position.
   __device__ __forceinline__ uint32_t position(const Task& task, uint32_t row) const {
-    return task.work.position + (task.first_row + row) / args.group;
+    return task.work.position + (S::DECODE ? 0 : (task.first_row + row) / args.group);
   }
 
   __device__ __forceinline__ Task& shared_task(int consumer) const {
     return reinterpret_cast<Task*>(shared_pointer + S::TASKS_AT)[consumer];
   }
 
-  static constexpr uint32_t NOWHERE = 0xffffffffu;
-
   // ---- loading
 
   __device__ __forceinline__ void load_keys_and_values() const {
     Ring<STAGES> ring;
-    uint32_t round = 0;
-    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+    Taken taken;
+    for (Task task = take(taken); task.end_tile != 0; task = take(taken)) {
+      const bool again = !S::DECODE || task.work.tokens > 1;
       uint32_t next = find_block(task, task.first_tile, box_rows);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t block = next;
         next = find_block(task, tile + 1, box_rows);  // on its way while this tile's copies wait for room
         const int row = cache_row(task, tile, block);
-        load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row);
+        load_tile(keys(ring.stage), keys_full(ring.stage), keys_empty(ring.stage), ring.parity, row, again);
         const int to_values = args.shape.kv_heads * args.shape.block_size;
         load_tile(values(ring.stage), values_full(ring.stage), values_empty(ring.stage), ring.parity,
-                  row == OUTSIDE ? row : row + to_values);
+                  row == OUTSIDE ? row : row + to_values, again);
         ring.advance();
       }
     }
@@ -208,14 +260,15 @@ struct Attention {
            position % block_size;
   }
 
-  __device__ __forceinline__ void load_tile(uint32_t to, uint32_t full, uint32_t empty, uint32_t parity,
-                                            int row) const {
+  // `again`: whether others will read it soon.
+  __device__ __forceinline__ void load_tile(uint32_t to, uint32_t full, uint32_t empty, uint32_t parity, int row,
+                                            bool again) const {
     barrier_wait(empty, parity ^ 1);
     if (threadIdx.x % 32 == 0) barrier_arrive_expect(full, S::KV_TILE);
     __syncwarp();
     const uint32_t box = threadIdx.x % 32 * box_rows / 8;
     if (box < N / 8) {
-      tma_load_rows(to + box * S::GROUP, *cache, row / 8, full, S::DECODE ? l2_evict_first() : l2_evict_normal());
+      tma_load_rows(to + box * S::GROUP, *cache, row / 8, full, again ? l2_evict_normal() : l2_evict_first());
     }
   }
 
@@ -226,8 +279,8 @@ struct Attention {
   __device__ __forceinline__ void load_codes(int which) const {
     Ring<S::SLOTS> slot;
     if (which == 1) slot.advance();
-    uint32_t round = 0;
-    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+    Taken taken;
+    for (Task task = take(taken); task.end_tile != 0; task = take(taken)) {
       uint32_t next = find_block(task, task.first_tile, 16);
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t block = next;
@@ -265,8 +318,8 @@ struct Attention {
   __device__ __forceinline__ void unpack_tiles() const {
     Ring<STAGES> ring;
     Ring<S::SLOTS> slot;
-    uint32_t round = 0;
-    for (Task task = take(round); task.end_tile != 0; task = take(round)) {
+    Taken taken;
+    for (Task task = take(taken); task.end_tile != 0; task = take(taken)) {
       for (uint32_t tile = task.first_tile; tile < task.end_tile; tile++) {
         const uint32_t valid = task.end - tile * N, stage = ring.stage * S::KV_TILE;
         barrier_wait(keys_empty(ring.stage), ring.parity ^ 1);
@@ -341,10 +394,10 @@ struct Attention {
   // One warp per consumer, which it also tells what the work is.
   __device__ __forceinline__ void load_queries(int consumer) const {
     Ring<1> ring;
-    uint32_t round = 0;
+    Taken taken;
     bool more = true;
     while (more) {
-      const Task task = take(round);
+      const Task task = take(taken);
       more = task.end_tile != 0;
       // A lane finds two rows for all, and has them brought to L2 while the work before is still running.
       uint32_t rows[2];
@@ -368,7 +421,9 @@ struct Attention {
   __device__ __forceinline__ uint32_t find_query(const Task& task, uint32_t row) const {
     const uint32_t r = task.first_row + row, token = r / args.group;
     const uint32_t head = task.kv_head * args.group + r % args.group;
-    return token < task.work.tokens ? (task.work.token + token) * args.q_stride + head * HD : NOWHERE;
+    if (token >= task.work.tokens) return NOWHERE;
+    const uint32_t at = task.work.token + token;
+    return (S::DECODE ? args.sharers[at].token : at) * args.q_stride + head * HD;
   }
 
   // Rows without a token become zero.
@@ -396,8 +451,9 @@ struct Attention {
     uint32_t weights[N / 4];  // the scores' weights, as the A operand
     float out[HD / 2];
     uint32_t position[2];
-    // How many of them are wanted: where one query's heads are fewer than 64 rows, other warps' are not.
+    // How many of them are wanted: where a split's queries have fewer than 64 heads, other warps' are not.
     int wanted;
+    Sharer sharer[2];  // of a split
     // Tiles of which all rows of the warpgroup see every position.
     uint32_t whole_from, whole_to;
   };
@@ -410,8 +466,16 @@ struct Attention {
     const uint32_t top = consumer * 64;
     rows.position[0] = position(task, top + thread_row());
     rows.position[1] = position(task, top + thread_row() + 8);
-    const uint32_t first = threadIdx.x % 128 / 32 * 16;
-    rows.wanted = !S::DECODE ? 2 : args.group <= first ? 0 : args.group <= first + 8 ? 1 : 2;
+    rows.wanted = 2;
+    if (S::DECODE) {
+      const uint32_t first = threadIdx.x % 128 / 32 * 16, count = task.work.tokens * args.group;
+      rows.wanted = count <= first ? 0 : count <= first + 8 ? 1 : 2;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t row = thread_row() + half * 8;
+        if (row < count) rows.sharer[half] = args.sharers[task.work.token + row / args.group];
+      }
+    }
     rows.whole_from = divide_up(first_seen(args, position(task, top + 63)), N);
     rows.whole_to = (position(task, top) + 1) / N;
   }
@@ -644,55 +708,90 @@ struct Attention {
     __syncwarp();  // before the next work's totals
   }
 
-  __device__ __forceinline__ void store(const Task& task, const Rows& rows, const float2 (&total)[2], int consumer) const {
-    const uint32_t heads = args.shape.kv_heads * args.group;
+  // Of one of a thread's two rows, what it has of a head's output.
+  __device__ __forceinline__ void store(const Rows& rows, int half, float sum, bf16* to) const {
+    const float inverse = 1.f / sum;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t row = task.first_row + consumer * 64 + thread_row() + half * 8, token = row / args.group;
-      if (token >= task.work.tokens) continue;
-      const float inverse = 1.f / total[half].y;
-      bf16* to = args.out +
-                 (size_t(task.work.token + token) * heads + task.kv_head * args.group + row % args.group) * HD +
-                 threadIdx.x % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < HD / 8; j++) {
-        *reinterpret_cast<uint32_t*>(to + j * 8) =
-            pack_bf16(rows.out[4 * j + 2 * half] * inverse, rows.out[4 * j + 2 * half + 1] * inverse);
-      }
+    for (int j = 0; j < HD / 8; j++) {
+      *reinterpret_cast<uint32_t*>(to + j * 8 + threadIdx.x % 4 * 2) =
+          pack_bf16(rows.out[4 * j + 2 * half] * inverse, rows.out[4 * j + 2 * half + 1] * inverse);
     }
   }
 
-  // The end of a decode split: its outcome is the output if there is no other; else the last one merges.
-  __device__ __forceinline__ void hand_on(const Task& task, const Rows& rows, const Weights& weights, int consumer) const {
-    float2 total[2] = {weights.row(0, args.scale), weights.row(1, args.scale)};
-    const uint32_t first_part = first_seen(args, task.work.position) / SPLIT;
-    const uint32_t parts = divide_up(task.end, SPLIT) - first_part;
-    if (parts == 1) return store(task, rows, total, consumer);
-    const uint32_t kv_heads = args.shape.kv_heads;
-    const size_t slot = size_t(task.at) * kv_heads + task.kv_head;
-    const size_t first_slot = slot - size_t(task.work.part - first_part) * kv_heads;
+  __device__ __forceinline__ void store_part(const Rows& rows, int half, float2 total, size_t to) const {
+#pragma unroll
+    for (int j = 0; j < HD / 8; j++) {
+      *reinterpret_cast<float2*>(args.partial_out + to * HD + j * 8 + threadIdx.x % 4 * 2) =
+          make_float2(rows.out[4 * j + 2 * half], rows.out[4 * j + 2 * half + 1]);
+    }
+    if (threadIdx.x % 4 == 0) args.partial_sum[to] = total;
+  }
+
+  __device__ __forceinline__ uint32_t first_part(uint32_t position) const {
+    return first_seen(args, position) / SPLIT;
+  }
+
+  // Splits that the query at a position sees.
+  __device__ __forceinline__ uint32_t parts(uint32_t position) const {
+    return position / SPLIT + 1 - first_part(position);
+  }
+
+  // Where a sequence's first split leaves its partial result.
+  __device__ __forceinline__ size_t first_slot(const Task& task, const Sharer& sharer) const {
+    return size_t(sharer.slot) * args.shape.kv_heads + task.kv_head;
+  }
+
+  __device__ __forceinline__ bf16* output(const Task& task, const Sharer& sharer) const {
+    return args.out + (size_t(sharer.token) * args.shape.kv_heads + task.kv_head) * args.group * HD;
+  }
+
+  // The end of a split: its outcome is a sequence's output if that sees no other; else the last one merges.
+  __device__ __forceinline__ void hand_on(const Task& task, const Rows& rows, const Weights& weights,
+                                          int consumer) const {
+    const float2 total[2] = {weights.row(0, args.scale), weights.row(1, args.scale)};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t row = thread_row() + half * 8;
-      if (row >= args.group) continue;
-      const size_t to = slot * args.group + row;
-#pragma unroll
-      for (int j = 0; j < HD / 8; j++) {
-        *reinterpret_cast<float2*>(args.partial_out + to * HD + j * 8 + threadIdx.x % 4 * 2) =
-            make_float2(rows.out[4 * j + 2 * half], rows.out[4 * j + 2 * half + 1]);
+      const uint32_t row = thread_row() + half * 8, head = row % args.group;
+      if (row >= task.work.tokens * args.group) continue;
+      const Sharer& sharer = rows.sharer[half];
+      if (parts(sharer.position) == 1) {
+        store(rows, half, total[half].y, output(task, sharer) + head * HD);
+      } else {
+        const uint32_t part = task.work.part - first_part(sharer.position);
+        const size_t slot = first_slot(task, sharer) + size_t(part) * args.shape.kv_heads;
+        store_part(rows, half, total[half], slot * args.group + head);
       }
-      if (threadIdx.x % 4 == 0) args.partial_sum[to] = total[half];
     }
-    __shared__ bool last;
+    if (task.work.tokens > 1 || parts(task.work.position) > 1) merge_ended(task, consumer);
+  }
+
+  // Merges the splits of those sequences of which this was the last to end.
+  __device__ __forceinline__ void merge_ended(const Task& task, int consumer) const {
+    __shared__ uint32_t ended[2];  // a bit for each sharer
+    const uint32_t thread = threadIdx.x % 128;
     __threadfence();
     warpgroup_barrier(consumer);
-    if (threadIdx.x % 128 == 0) last = atomicAdd(args.counters + first_slot, 1) == parts - 1;
+    if (thread < 64) {
+      bool last = false;
+      if (thread < task.work.tokens) {
+        const Sharer sharer = args.sharers[task.work.token + thread];
+        const uint32_t count = parts(sharer.position);
+        uint32_t* const counter = args.counters + first_slot(task, sharer);
+        last = count > 1 && atomicAdd(counter, 1) == count - 1;
+        if (last) *counter = 0;
+      }
+      const uint32_t bits = __ballot_sync(0xffffffffu, last);
+      if (thread % 32 == 0) ended[thread / 32] = bits;
+    }
     warpgroup_barrier(consumer);
-    if (!last) return;
+    if ((ended[0] | ended[1]) == 0) return;
     __threadfence();
-    bf16* to = args.out + (size_t(task.work.token) * kv_heads + task.kv_head) * args.group * HD;
-    merge_parts<HD>(args, first_slot, kv_heads, parts, 0, args.group, to, threadIdx.x % 128, 128);
-    if (threadIdx.x % 128 == 0) args.counters[first_slot] = 0;
+    for (uint32_t i = 0; i < task.work.tokens; i++) {
+      if ((ended[i / 32] >> i % 32 & 1) == 0) continue;
+      const Sharer sharer = args.sharers[task.work.token + i];
+      merge_parts<HD>(args, first_slot(task, sharer), args.shape.kv_heads, parts(sharer.position), 0, args.group,
+                      output(task, sharer), thread, 128);
+    }
   }
 };
 
@@ -704,9 +803,11 @@ __device__ __forceinline__ void attention(const AttentionArgs& args, const Tenso
     if (!S::PACKED) tma_prefetch(*cache);
     attention.init_barriers();
   }
-  let_next_start();
+  if (S::DECODE) let_next_start();
   __syncthreads();
-  wait_for_previous();
+  if (!S::DECODE || !args.beside) wait_for_previous();
+  // Not sooner: decoding may be next, which then runs beside this and needs what this has waited for.
+  if (!S::DECODE) let_next_start();
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   if (warpgroup == 0) {
     if (S::PACKED) {
@@ -728,4 +829,6 @@ __device__ __forceinline__ void attention(const AttentionArgs& args, const Tenso
     if (S::CONSUMERS == 2 || S::PACKED) registers_increase<232>();
     attention.consume(warpgroup - 1 - S::UNPACKERS);
   }
+  // So that who waits for this kernel waits for both.
+  if (S::DECODE && args.beside) wait_for_previous();
 }

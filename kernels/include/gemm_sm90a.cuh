@@ -10,13 +10,21 @@
 // k at a time, in the order of k: no split along k. Neither the tile, nor which operand is A, nor the
 // number of rows changes its bits. (Seen on the H100: mma.sync gives the same bits, too.)
 //
-// Rows and columns out of range: TMA reads them as zero and doesn't write them.
+// The weights of a gate: rows are gates, then as many ups, and out = activation(x gate^T) * (x up^T), both
+// rounded to bfloat16 before, as act_mul.cu finds them. TMA brings 8 rows of gates and 8 of ups in turn to
+// shared memory, so that a thread's accumulators hold what belongs together.
+//
+// TMA takes longer to write the zeros of rows out of range than to read rows. So the last tile of a side
+// is moved back over the one before and computes some rows once more, with the same bits; and where one tile
+// has room for all rows, only these are read. What is left of the tile is of no consequence: it ends up in
+// outputs that TMA doesn't write.
 //
 // What bounds a step of 64 k, in cycles: the tensor cores, WARPGROUPS BN 2; shared memory at 128 bytes a
 // cycle, WARPGROUPS (64 + BN) for wgmma to read and BM + BN for TMA to write. 128 x 256: 1024, 1024;
 // 128 x 192: 768, 832; 128 x 128: 512, 640; 64 x 128: 256, 384.
 #pragma once
 
+#include "activation.cuh"
 #include "ptx.cuh"
 #include "tma.cuh"
 #include "types.cuh"
@@ -25,7 +33,11 @@
 // Which of the two operands is the weights, and which the activations.
 enum class Weights { A, B };
 
+// What is done to gates, if the weights have some.
+enum class Gate : int { NONE, SILU, GELU };
+
 struct GemmArgs {
+  // With gates that of the weights has four dimensions: k, 8 rows, gate and up, groups of 8 rows.
   TensorMap a, b;
   // bfloat16 output; unused when `out_f32` is given.
   TensorMap out;
@@ -37,6 +49,7 @@ struct GemmArgs {
   // Tiles along A that are done together before the next tile along B: they meet in L2.
   int group;
   int stride;
+  Gate gate;
 };
 
 template <Weights WEIGHTS_, int WARPGROUPS_, int BN_, int SLICES_, int STAGES_, int CLUSTER_>
@@ -56,17 +69,52 @@ struct GemmShape {
   static constexpr int STAGE = SLICES * (A_SLICE + B_SLICE);
   // Output goes through shared memory in boxes of 64 outputs, or 32 where 64 don't divide BN, times a
   // number of tokens. A row of a box is as long as its swizzle pattern: 128 or 64 bytes.
-  static constexpr int BOX_OUTPUTS = WEIGHTS == Weights::A || BN % 64 == 0 ? 64 : 32;
-  static constexpr int BOX_TOKENS = WEIGHTS == Weights::A ? BN : 64;
-  static constexpr int BOX_ROW = 2 * BOX_OUTPUTS;
-  static constexpr int BOX = BOX_TOKENS * BOX_ROW;
-  static constexpr int BOXES = WEIGHTS == Weights::A ? 1 : 2;
+  // With gates half as many outputs.
+  static constexpr int box_outputs(int outputs) {
+    return outputs % 64 == 0 ? 64 : outputs % 32 == 0 ? 32 : 16;
+  }
+  static constexpr int BOX_OUTPUTS = WEIGHTS == Weights::A ? 64 : box_outputs(BN);
+  static constexpr int GATED_OUTPUTS = WEIGHTS == Weights::A ? 32 : box_outputs(BN / 2);
+  // All of a few tokens, otherwise a half or a quarter of them.
+  static constexpr int BOX_TOKENS = WEIGHTS == Weights::B ? 64
+                                    : BN <= 64 || BN % 16 ? BN
+                                    : BN <= 128 || BN % 32 ? BN / 2
+                                                           : BN / 4;
+  static constexpr int BOX = BOX_TOKENS * 2 * BOX_OUTPUTS;
   static constexpr int BOXES_AT = STAGES * STAGE;
+  static constexpr int shared_bytes(int boxes) {
+    return BOXES_AT + WARPGROUPS * boxes * BOX + 2 * STAGES * 8;
+  }
+  // Two where there is room for them, unless one holds all.
+  static constexpr int LIMIT = 227 * 1024;
+  static constexpr int BOXES =
+      (WEIGHTS == Weights::A && BOX_TOKENS == BN) || shared_bytes(2) > LIMIT ? 1 : 2;
   static constexpr int BARRIERS_AT = BOXES_AT + WARPGROUPS * BOXES * BOX;
-  static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * STAGES * 8;
-  static_assert(SHARED_BYTES <= 227 * 1024);
+  static_assert(shared_bytes(BOXES) <= LIMIT);
   static_assert(B_SLICE / CLUSTER % 1024 == 0, "a block's part of B ends inside a swizzle pattern");
+  static_assert(WEIGHTS == Weights::A || (BN % 32 == 0 && BN / CLUSTER % 16 == 0),
+                "a block loads gates and ups in turn");
 };
+
+// Of the weights of a gate: 8 gates and 8 ups in turn, from row `row` of these on, a multiple of 16.
+__device__ __forceinline__ void tma_load_gates(uint32_t to, const TensorMap& map, int k, int row,
+                                               uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(k), "r"(0), "r"(row / 16), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load_gates_multicast(uint32_t to, const TensorMap& map, int k, int row,
+                                                         uint32_t barrier, uint16_t mask,
+                                                         uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %4, %5}], [%2], %6, %7;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(k), "r"(0), "r"(row / 16), "h"(mask), "l"(policy)
+      : "memory");
+}
 
 // A position in the ring: the same sequence of positions is walked by producer and consumers.
 template <int STAGES>
@@ -115,10 +163,11 @@ struct Gemm {
     int a, b;
   };
 
-  // A tile of A wholly out of range, which the cluster's last block can get, is not loaded: TMA takes
-  // longer to write zeros than to read data. What its rows of shared memory hold is of no consequence.
+  // A tile of A wholly out of range, which the cluster's last block can get, is not loaded.
   __device__ __forceinline__ uint32_t stage_bytes(const Tile& tile) const {
-    return Shape::STAGE - (has_a(tile) ? 0 : Shape::SLICES * Shape::A_SLICE);
+    const int a = has_a(tile) ? min(Shape::BM, args.rows_a) : 0;
+    const int b = Shape::CLUSTER == 1 ? min(Shape::BN, args.rows_b) : Shape::BN;
+    return Shape::SLICES * SWIZZLE_ROW * (a + b);
   }
   __device__ __forceinline__ bool has_a(const Tile& tile) const {
     return Shape::CLUSTER == 1 || tile.a < args.rows_a;
@@ -128,7 +177,13 @@ struct Gemm {
     const int per_group = args.group * tiles_b, first = index / per_group * args.group;
     const int rows = min(args.group, tiles_a - first), rest = index % per_group;
     const int a = first + rest % rows, b = rest / rows;
-    return {(a * Shape::CLUSTER + rank()) * Shape::BM, b * Shape::BN};
+    return {inside((a * Shape::CLUSTER + rank()) * Shape::BM, Shape::BM, args.rows_a),
+            inside(b * Shape::BN, Shape::BN, args.rows_b)};
+  }
+
+  // Moves a tile that begins in range, but does not end there.
+  static __device__ __forceinline__ int inside(int start, int size, int rows) {
+    return start < rows ? max(0, min(start, rows - size)) : start;
   }
 
   static __device__ __forceinline__ int rank() {
@@ -148,13 +203,22 @@ struct Gemm {
     barrier_init_fence();
   }
 
+  // Whether this operand has gates.
+  __device__ __forceinline__ bool gates(Weights operand) const {
+    return Shape::WEIGHTS == operand && args.gate != Gate::NONE;
+  }
+
   __device__ __forceinline__ void load_a(const Tile& tile, int step, int stage,
                                          uint64_t policy) const {
     if (!has_a(tile)) return;
 #pragma unroll
     for (int slice = 0; slice < Shape::SLICES; slice++) {
-      tma_load(a_slice(stage, slice), args.a, step * Shape::BK + slice * SWIZZLE_K, tile.a,
-               full(stage), policy);
+      const int k = step * Shape::BK + slice * SWIZZLE_K;
+      if (gates(Weights::A)) {
+        tma_load_gates(a_slice(stage, slice), args.a, k, tile.a, full(stage), policy);
+      } else {
+        tma_load(a_slice(stage, slice), args.a, k, tile.a, full(stage), policy);
+      }
     }
   }
 
@@ -163,13 +227,17 @@ struct Gemm {
 #pragma unroll
     for (int slice = 0; slice < Shape::SLICES; slice++) {
       const int k = step * Shape::BK + slice * SWIZZLE_K;
-      if (Shape::CLUSTER == 1) {
-        tma_load(b_slice(stage, slice), args.b, k, tile.b, full(stage), policy);
+      constexpr int ROWS = Shape::BN / Shape::CLUSTER, ALL = (1 << Shape::CLUSTER) - 1;
+      const int row = rank() * ROWS;
+      const uint32_t to = b_slice(stage, slice) + row * SWIZZLE_ROW;
+      if (Shape::CLUSTER == 1 && gates(Weights::B)) {
+        tma_load_gates(to, args.b, k, tile.b, full(stage), policy);
+      } else if (Shape::CLUSTER == 1) {
+        tma_load(to, args.b, k, tile.b, full(stage), policy);
+      } else if (gates(Weights::B)) {
+        tma_load_gates_multicast(to, args.b, k, tile.b + row, full(stage), ALL, policy);
       } else {
-        constexpr int ROWS = Shape::BN / Shape::CLUSTER;
-        const int row = rank() * ROWS;
-        tma_load_multicast(b_slice(stage, slice) + row * SWIZZLE_ROW, args.b, k, tile.b + row,
-                           full(stage), (1 << Shape::CLUSTER) - 1, policy);
+        tma_load_multicast(to, args.b, k, tile.b + row, full(stage), ALL, policy);
       }
     }
   }
@@ -257,12 +325,34 @@ struct Gemm {
                                         float (&acc)[Shape::BN / 2]) const {
     here.a += 64 * warpgroup;
     if (args.bias != nullptr) add_bias(here, acc);
-    if (args.out_f32 != nullptr) {
+    if (gates(Shape::WEIGHTS)) {
+      args.gate == Gate::SILU ? apply_gates<silu>(acc) : apply_gates<gelu_tanh>(acc);
+      if (Shape::WEIGHTS == Weights::A) {
+        store_transposed<Shape::GATED_OUTPUTS>(warpgroup, {here.a / 2, here.b}, acc);
+      } else {
+        store_boxes<Shape::BN / 2, Shape::GATED_OUTPUTS>(warpgroup, {here.a, here.b / 2}, acc);
+      }
+    } else if (args.out_f32 != nullptr) {
       store_f32(here, acc);
     } else if (Shape::WEIGHTS == Weights::A) {
-      store_transposed(warpgroup, here, acc);
+      store_transposed<Shape::BOX_OUTPUTS>(warpgroup, here, acc);
     } else {
-      store_boxes(warpgroup, here, acc);
+      store_boxes<Shape::BN, Shape::BOX_OUTPUTS>(warpgroup, here, acc);
+    }
+  }
+
+  // To the first half of the accumulators. Gates are in those of row 0 of A and ups in those of row 8, or
+  // they are in the even and the odd groups of 8 columns of B.
+  template <float (*ACTIVATION)(float)>
+  static __device__ __forceinline__ void apply_gates(float (&acc)[Shape::BN / 2]) {
+    constexpr int AHEAD = Shape::WEIGHTS == Weights::A ? 2 : 4;
+#pragma unroll
+    for (int i = 0; i < Shape::BN / 4; i += 2) {
+      const int from = i / AHEAD * 2 * AHEAD + i % AHEAD;
+      const uint32_t gates = pack_bf16(acc[from], acc[from + 1]);
+      const uint32_t ups = pack_bf16(acc[from + AHEAD], acc[from + AHEAD + 1]);
+      acc[i] = ACTIVATION(__uint_as_float(gates << 16)) * __uint_as_float(ups << 16);
+      acc[i + 1] = ACTIVATION(__uint_as_float(gates & 0xffff0000u)) * __uint_as_float(ups & 0xffff0000u);
     }
   }
 
@@ -279,7 +369,9 @@ struct Gemm {
 #pragma unroll
     for (int i = 0; i < Shape::BN / 2; i++) {
       const int output = first + (by_row ? i / 2 % 2 * 8 : i / 4 * 8 + i % 2);
-      if (output < outputs) acc[i] += args.bias[output];
+      if (output >= outputs) continue;
+      const int pair = output / 16 * 8 + output % 8, half = output / 8 % 2 * (outputs / 2);
+      acc[i] += args.bias[gates(Shape::WEIGHTS) ? pair + half : output];
     }
   }
 
@@ -297,11 +389,12 @@ struct Gemm {
     }
   }
 
-  // Byte offset of the 16-byte piece `piece` of row `row` in a box: the number of the 128-byte line,
-  // modulo the pieces of a row, is added without carry to the piece's.
+  // Byte offset of the 16-byte piece `piece` of row `row` in a box of OUTPUTS: the number of the 128-byte
+  // line, modulo the pieces of a row, is added without carry to the piece's.
+  template <int OUTPUTS>
   static __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
-    constexpr int PIECES = Shape::BOX_ROW / 16, LINE = 128 / Shape::BOX_ROW;
-    return row * Shape::BOX_ROW + ((piece ^ (row / LINE % PIECES)) * 16);
+    constexpr int PIECES = OUTPUTS / 8, LINE = 64 / OUTPUTS;
+    return row * 2 * OUTPUTS + ((piece ^ (row / LINE % PIECES)) * 16);
   }
 
   // Accumulators 8 i .. 8 i + 7 of a warp are four 8 x 8 matrices, rows 0 and 8 at columns 16 i and
@@ -320,50 +413,69 @@ struct Gemm {
                  : "memory");
   }
 
+  static __device__ __forceinline__ void store_matrix_transposed(uint32_t to, const float* acc) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to),
+                 "r"(pack_bf16(acc[0], acc[1]))
+                 : "memory");
+  }
+
   __device__ __forceinline__ uint32_t box(int warpgroup, int index) const {
     return shared + Shape::BOXES_AT + (warpgroup * Shape::BOXES + index) * Shape::BOX;
   }
 
-  // Tokens are rows: boxes of 64 tokens, two in flight.
+  // Waits until the box can be written: two are in flight, if there are two.
+  static __device__ __forceinline__ void open_box(int warpgroup) {
+    if (threadIdx.x % 128 == 0) tma_store_wait_read<Shape::BOXES - 1>();
+    warpgroup_barrier(warpgroup);
+  }
+
+  __device__ __forceinline__ void send_box(int warpgroup, uint32_t box, int output, int token) const {
+    shared_to_async_fence();
+    warpgroup_barrier(warpgroup);
+    if (threadIdx.x % 128 == 0) {
+      tma_store(args.out, output, token, box);
+      tma_store_commit();
+    }
+  }
+
+  // Tokens are rows: boxes of 64 tokens times OUTPUTS of COLUMNS outputs.
+  template <int COLUMNS, int OUTPUTS>
   __device__ __forceinline__ void store_boxes(int warpgroup, const Tile& here,
                                               float (&acc)[Shape::BN / 2]) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     const int row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int column = 0; column < Shape::BN; column += Shape::BOX_OUTPUTS) {
-      const uint32_t to = box(warpgroup, column / Shape::BOX_OUTPUTS % Shape::BOXES);
-      if (threadIdx.x % 128 == 0) tma_store_wait_read<Shape::BOXES - 1>();
-      warpgroup_barrier(warpgroup);
+    for (int column = 0; column < COLUMNS; column += OUTPUTS) {
+      const uint32_t to = box(warpgroup, column / OUTPUTS % Shape::BOXES);
+      open_box(warpgroup);
 #pragma unroll
-      for (int i = 0; i < Shape::BOX_OUTPUTS / 16; i++) {
-        store_matrices(to + swizzled(row, 2 * i + lane / 16), acc + column / 2 + 8 * i);
+      for (int i = 0; i < OUTPUTS / 16; i++) {
+        store_matrices(to + swizzled<OUTPUTS>(row, 2 * i + lane / 16), acc + column / 2 + 8 * i);
       }
-      shared_to_async_fence();
-      warpgroup_barrier(warpgroup);
-      if (threadIdx.x % 128 == 0) {
-        tma_store(args.out, here.b + column, here.a, to);
-        tma_store_commit();
-      }
+      send_box(warpgroup, to, here.b + column, here.a);
     }
   }
 
-  // Tokens are columns: one box of 64 outputs times BN tokens.
+  // Tokens are columns: boxes of OUTPUTS outputs, 64 or with gates 32, times some of the tokens.
+  template <int OUTPUTS>
   __device__ __forceinline__ void store_transposed(int warpgroup, const Tile& here,
                                                    float (&acc)[Shape::BN / 2]) const {
+    constexpr int TOKENS = Shape::BOX_TOKENS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-    const uint32_t to = box(warpgroup, 0);
-    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
-    warpgroup_barrier(warpgroup);
 #pragma unroll
-    for (int j = 0; j < Shape::BN / 8; j++) {
-      store_matrices_transposed(to + swizzled(8 * j + lane % 8, 2 * warp + lane / 8 % 2),
-                                acc + 4 * j);
-    }
-    shared_to_async_fence();
-    warpgroup_barrier(warpgroup);
-    if (threadIdx.x % 128 == 0) {
-      tma_store(args.out, here.a, here.b, to);
-      tma_store_commit();
+    for (int token = 0; token < Shape::BN; token += TOKENS) {
+      const uint32_t to = box(warpgroup, token / TOKENS % Shape::BOXES);
+      open_box(warpgroup);
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++) {
+        const int row = 8 * j + lane % 8, at = token / 8 + j;
+        if (OUTPUTS == 64) {
+          store_matrices_transposed(to + swizzled<64>(row, 2 * warp + lane / 8 % 2), acc + 4 * at);
+        } else {
+          store_matrix_transposed(to + swizzled<OUTPUTS>(row, warp), acc + 2 * at);
+        }
+      }
+      send_box(warpgroup, to, here.a, here.b + token);
     }
   }
 };

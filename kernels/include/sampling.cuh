@@ -7,6 +7,9 @@ constexpr uint32_t NONE = 0xffffffffu;
 // Widest logits.
 constexpr uint32_t MAX_VOCAB = 500000;
 
+// From a slot's counts to the next one's: four tokens' counts are read at a time.
+__host__ __device__ constexpr uint32_t counts_stride(uint32_t vocab) { return (vocab + 3) / 4 * 4; }
+
 // Most alternatives that logprobs name.
 constexpr int MAX_TOP = 32;
 

@@ -3,14 +3,17 @@
 // A token's weight is e^((logit - max) / T); sums of weights are 64-bit integers in units of 2^-40, so
 // they do not depend on their order, and everything here repeats bit for bit.
 //
-// - A cut is a logit: kept are the tokens above it, and the first few (by id) of those that have just
-//   this logit. A histogram of the distances from the maximum brackets it: a bin adds up its tokens'
-//   weights relative to the bin's own, in 1/8192, which tells their mass to 10^-4 and their number
-//   to 3 % with one 32-bit addition per token. A pass over the row collects the tokens inside the
-//   bracket, mostly some dozens, among which the cut is found. A bracket that does not fit into
-//   shared memory (flat distributions with top-p near 1) is halved before, a pass for each halving.
-// - A draw inverts the cumulative distribution in order of ids: 32 segments, then 32 parts of the
-//   one that was hit, and so on.
+// - A histogram of the distances from the maximum tells how far top-k or top-p can reach: a bin adds up its
+//   tokens' weights relative to the bin's own, in 1/8192, which tells their mass to 10^-4 and their
+//   number to 2 % with one 32-bit addition per token. The pass that fills it also lists the tokens near the
+//   maximum. If the reach is within those, which it mostly is, or else a further pass finds few
+//   enough, these alone are sorted, cut and drawn from, in shared memory.
+// - Otherwise (flat distributions) a cut is searched, a logit: kept are the tokens above it, and the first
+//   few (by id) of those that have just this logit. The histogram brackets it; a pass over the row
+//   collects the tokens inside the bracket, among which the cut is found. A bracket that does not fit
+//   into shared memory is halved before, a pass for each halving.
+// - A draw inverts the cumulative distribution in order of ids; that of a whole row by 32 segments, then
+//   32 parts of the one that was hit, and so on.
 #pragma once
 #include "philox.cuh"
 #include "row.cuh"
@@ -18,7 +21,7 @@
 constexpr int CANDIDATES = 4096;
 constexpr int FEW = 256;
 constexpr int BINS = THREADS;
-constexpr float BINS_PER_NAT = 32.f;
+constexpr float BINS_PER_NAT = 64.f;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float UNIT = 1099511627776.f;  // 2^40
 constexpr float BIN_UNIT = 8192.f;
@@ -28,12 +31,14 @@ struct Shared {
   uint64_t masses[WARPS];
   uint32_t ties[WARPS];
   uint32_t bins[BINS];
-  uint32_t candidates[CANDIDATES];
+  union {
+    uint32_t candidates[CANDIDATES];
+    uint64_t listed[CANDIDATES];  // see `ranked`
+  };
   uint64_t measures[FEW];
   uint32_t candidate_count;
   uint32_t cut_key;
   uint64_t cut_above, cut_at;
-  uint64_t tops[MAX_TOP];
   // Where the draw goes on.
   uint32_t begin, end, ties_left;
   uint64_t rest;
@@ -53,7 +58,7 @@ struct Softmax {
     return w;
   }
 
-  // Distance from the maximum in bins, at most the last. The same bits wherever it is computed.
+  // Distance from the maximum in bins, at most the last, which nobody counts. The same bits wherever it is computed.
   __device__ __forceinline__ float distance(float logit) const {
     return fminf(__fmul_rn(max - logit, scale * (LN_2 * BINS_PER_NAT)), BINS - 1);
   }
@@ -70,9 +75,13 @@ __device__ __forceinline__ uint64_t in_units(float weight) { return uint64_t(wei
 // Tokens counted one by one, for top-k.
 struct Count {
   __device__ __forceinline__ uint64_t operator()(float) const { return 1; }
-  // Bounds on what a bin holds.
-  __device__ __forceinline__ static uint64_t least(uint32_t, uint32_t held) { return held / 8322; }
-  __device__ __forceinline__ static uint64_t most(uint32_t, uint32_t held) { return (held + 8061) / 8062; }
+  // Bounds on what a bin holds: a token's relative weight is e^-x of an x up to half a bin.
+  static constexpr uint32_t LIGHTEST = 8127, HEAVIEST = 8258;
+  static_assert(BINS_PER_NAT == 64 && BIN_UNIT == 8192);
+  __device__ __forceinline__ static uint64_t least(uint32_t, uint32_t held) {
+    return (held + HEAVIEST - 1) / HEAVIEST;
+  }
+  __device__ __forceinline__ static uint64_t most(uint32_t, uint32_t held) { return held / LIGHTEST; }
 };
 
 // Tokens counted by their weight, for top-p.
@@ -85,12 +94,17 @@ struct Mass {
     return double(held) * exp2f(-float(bin) / (BINS_PER_NAT * LN_2)) * (UNIT / BIN_UNIT);
   }
   __device__ __forceinline__ static uint64_t least(uint32_t bin, uint32_t held) {
-    return bin == BINS - 1 ? 0 : uint64_t(middle(bin, held) * (1 - SLACK));
+    return uint64_t(middle(bin, held) * (1 - SLACK));
   }
   __device__ __forceinline__ static uint64_t most(uint32_t bin, uint32_t held) {
     return uint64_t(middle(bin, held) * (1 + SLACK)) + 1;
   }
 };
+
+// How much of a total weight top-p keeps at least.
+__device__ __forceinline__ uint64_t top_p_target(const SlotParams& p, uint64_t total) {
+  return max(uint64_t(double(p.top_p) * double(total)), uint64_t(1));
+}
 
 // A boundary in the order of the logits.
 struct Cut {
@@ -100,36 +114,168 @@ struct Cut {
   uint32_t ties = 0;   // of the tokens at it, so many are kept, those with the lowest ids
 };
 
-// Fills the histogram; gives the sum of the weights.
-__device__ __noinline__ uint64_t fill_bins(Row row, Softmax softmax, Shared& s) {
+// Puts a token into the list. Where they are too many, only that counts.
+__device__ __forceinline__ void list_token(uint32_t token, float logit, Shared& s) {
+  if (*static_cast<volatile uint32_t*>(&s.candidate_count) > CANDIDATES) return;
+  const uint32_t i = atomicAdd(&s.candidate_count, 1);
+  if (i < CANDIDATES) s.listed[i] = ranked(token, logit);
+}
+
+// Fills the histogram up to its last bin, and lists the tokens in the bins up to `near`; gives the sum of the
+// weights.
+template <bool MODIFIED>
+__device__ __noinline__ uint64_t fill_bins(Row<MODIFIED> row, Softmax softmax, uint32_t near, Shared& s) {
+  __syncthreads();
   s.bins[threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.candidate_count = 0;
   __syncthreads();
   uint64_t total = 0;
-  const auto add = [&](float logit) {
+  const auto add = [&](uint32_t token, float logit) {
     const float distance = softmax.distance(logit);
     const uint32_t bin = Softmax::bin(distance);
-    // e^-x for the small x within a bin, to 5e-6.
-    const float x = (distance - float(int32_t(bin))) / BINS_PER_NAT;
-    const float relative = __fadd_rn(BIN_UNIT * (1.f - x + 0.5f * x * x), 8388608.f);
-    atomicAdd(&s.bins[bin], __float_as_uint(relative) & 0x7fffffu);
+    if (bin < BINS - 1) {
+      // e^-x for the small x within a bin, to 5e-6.
+      const float x = (distance - float(int32_t(bin))) / BINS_PER_NAT;
+      const float relative = __fadd_rn(BIN_UNIT * (1.f - x + 0.5f * x * x), 8388608.f);
+      atomicAdd(&s.bins[bin], __float_as_uint(relative) & 0x7fffffu);
+    }
+    if (bin <= near) list_token(token, logit, s);
     return softmax.weight(logit);
   };
-  row.scan_vectors(0, row.vectors(), [&](uint32_t, float4 v) {
-    total += in_units((add(v.x) + add(v.y)) + (add(v.z) + add(v.w)));
+  row.scan_vectors(0, row.vectors(), [&](uint32_t t, float4 v) {
+    total += in_units((add(t, v.x) + add(t + 1, v.y)) + (add(t + 2, v.z) + add(t + 3, v.w)));
   });
-  return sum(total, s);  // a barrier: the bins are complete
+  return sum(total, s);  // a barrier: bins and list are complete
+}
+
+// Sum of the values of the threads before this one.
+__device__ __forceinline__ uint64_t sum_before(uint64_t value, Shared& s) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const uint64_t upto = prefix_sum_lanes(value);
+  __syncthreads();
+  if (lane == WARP - 1) s.sums[warp] = upto;
+  __syncthreads();
+  return upto - value + reduce_lanes(lane < warp ? s.sums[lane] : 0, Sum{});
 }
 
 // How many bins, from the highest logits on, measure less than `target` together. `value`: this
 // thread's bin.
 __device__ __forceinline__ uint32_t bins_below(uint64_t target, uint64_t value, Shared& s) {
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  uint64_t upto = prefix_sum_lanes(value);
+  return __syncthreads_count(sum_before(value, s) + value < target);
+}
+
+// The bin that the tokens from the highest on reach when they measure `target`, or a later one.
+template <typename Measure>
+__device__ __forceinline__ uint32_t reach(Measure, uint64_t target, Shared& s) {
+  return min(bins_below(target, Measure::least(threadIdx.x, s.bins[threadIdx.x]), s), BINS - 1);
+}
+
+// Makes the list that of all tokens in the bins up to `last` that may be chosen; says how many, or more than
+// CANDIDATES if it has no room for them. Bins and list are those of `fill_bins`.
+template <bool MODIFIED>
+__device__ __noinline__ uint32_t list_upto(Row<MODIFIED> row, Softmax softmax, uint32_t near, uint32_t last,
+                                           Shared& s) {
+  const uint32_t listed = s.candidate_count;
+  const auto within = [&](float logit) {
+    return Softmax::bin(softmax.distance(logit)) <= last && logit > -INFINITY;
+  };
+  if (last <= near && listed <= CANDIDATES) {
+    uint64_t own[CANDIDATES / THREADS];
+#pragma unroll
+    for (int j = 0; j < CANDIDATES / THREADS; j++) {
+      const uint32_t i = j * THREADS + threadIdx.x;
+      own[j] = i < listed ? s.listed[i] : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) s.candidate_count = 0;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < CANDIDATES / THREADS; j++) {
+      if (own[j] > 0 && within(ranked_logit(own[j]))) s.listed[atomicAdd(&s.candidate_count, 1)] = own[j];
+    }
+  } else {
+    const uint64_t least = threadIdx.x <= last ? Count::least(threadIdx.x, s.bins[threadIdx.x]) : 0;
+    if (sum(least, s) > CANDIDATES) return CANDIDATES + 1;
+    if (threadIdx.x == 0) s.candidate_count = 0;
+    __syncthreads();
+    row.scan([&](uint32_t token, float logit) {
+      if (within(logit)) list_token(token, logit, s);
+    });
+  }
   __syncthreads();
-  if (lane == WARP - 1) s.sums[warp] = upto;
+  return s.candidate_count;
+}
+
+// Sorts the first `n` of the list, the largest first (Batcher's bitonic network).
+__device__ __noinline__ void sort_listed(uint32_t n, Shared& s) {
+  uint32_t size = 2;
+  while (size < n) size *= 2;
   __syncthreads();
-  upto += reduce_lanes(lane < warp ? s.sums[lane] : 0, Sum{});
-  return __syncthreads_count(upto < target);
+  for (uint32_t i = n + threadIdx.x; i < size; i += THREADS) s.listed[i] = 0;
+  __syncthreads();
+  for (uint32_t run = 2; run <= size; run *= 2) {
+    for (uint32_t apart = run / 2; apart > 0; apart /= 2) {
+      for (uint32_t i = threadIdx.x; i < size / 2; i += THREADS) {
+        const uint32_t low = 2 * i - (i & (apart - 1)), high = low + apart;
+        const uint64_t a = s.listed[low], b = s.listed[high];
+        if ((a < b) == ((low & run) == 0)) s.listed[low] = b, s.listed[high] = a;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Draws from the `n` listed tokens, which hold all that top-k and top-p can keep. `top_k`: NONE if there is none;
+// `total`: the weight of the whole row.
+template <typename Pick>
+__device__ __noinline__ uint32_t draw_listed(uint32_t n, uint32_t top_k, uint64_t total, const SlotParams& p,
+                                             Softmax softmax, Pick pick, Shared& s) {
+  constexpr int EACH = CANDIDATES / THREADS;
+  const uint32_t first = threadIdx.x * EACH;
+  sort_listed(n, s);
+  uint32_t kept = min(top_k, n);
+  // Each of top-k, top-p and min-p keeps the first ones, one at least.
+  float weights[EACH];
+  uint64_t mass = 0;
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    weights[j] = first + j < kept ? softmax.weight(ranked_logit(s.listed[first + j])) : 0.f;
+    mass += in_units(weights[j]);
+  }
+  if (top_k != NONE) total = sum(mass, s);
+  const uint64_t target = p.top_p < 1.f ? top_p_target(p, total) : ~uint64_t(0);
+  uint64_t before = sum_before(mass, s), stay = 0;
+  uint64_t by_id[EACH];
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    const bool stays = first + j == 0 || (first + j < kept && before < target && weights[j] >= p.min_p);
+    before += in_units(weights[j]);
+    stay += stays;
+    by_id[j] = stays ? s.listed[first + j] << 32 | s.listed[first + j] >> 32 : 0;
+  }
+  kept = uint32_t(sum(stay, s));
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    if (by_id[j] > 0) s.listed[first + j] = by_id[j];
+  }
+  sort_listed(kept, s);
+  uint64_t masses[EACH];
+  mass = 0;
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    masses[j] = first + j < kept ? in_units(softmax.weight(logit_of(uint32_t(s.listed[first + j])))) : 0;
+    mass += masses[j];
+  }
+  if (threadIdx.x == 0) s.cut_key = ~uint32_t(s.listed[0] >> 32);
+  const uint64_t rest = pick(sum(mass, s));
+  before = sum_before(mass, s);
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+    if (before <= rest && rest < before + masses[j]) s.cut_key = ~uint32_t(s.listed[first + j] >> 32);
+    before += masses[j];
+  }
+  __syncthreads();
+  return s.cut_key;
 }
 
 // The cut among collected candidates, when those above them measure `above`.
@@ -182,11 +328,11 @@ __device__ __forceinline__ Cut cut_candidates(Measure measure, uint64_t target, 
 
 // The highest logit at which the measure of all tokens from there up reaches the target, which the
 // measure of the whole row does. The histogram is filled.
-template <typename Measure>
-__device__ __noinline__ Cut find_cut(Row row, Softmax softmax, Measure measure, uint64_t target, Shared& s) {
+template <bool MODIFIED, typename Measure>
+__device__ __noinline__ Cut find_cut(Row<MODIFIED> row, Softmax softmax, Measure measure, uint64_t target, Shared& s) {
   const uint32_t held = s.bins[threadIdx.x];
   const uint32_t first = min(bins_below(target, Measure::most(threadIdx.x, held), s), BINS - 1);
-  const uint32_t last = min(bins_below(target, Measure::least(threadIdx.x, held), s), BINS - 1);
+  const uint32_t last = reach(measure, target, s);
   if (threadIdx.x == 0) s.candidate_count = 0;
   __syncthreads();
   uint64_t above = 0;
@@ -243,8 +389,8 @@ __device__ __noinline__ Cut find_cut(Row row, Softmax softmax, Measure measure, 
 
 // The token at which the cumulative weight, in order of ids, passes `pick(its total)`. Tokens above
 // the cut weigh `weight`; the first `cut.ties` at the cut, `tie_weight`; others nothing.
-template <typename Weight, typename Pick>
-__device__ __noinline__ uint32_t find_token(Row row, Cut cut, uint64_t tie_weight, Weight weight, Pick pick,
+template <bool MODIFIED, typename Weight, typename Pick>
+__device__ __noinline__ uint32_t find_token(Row<MODIFIED> row, Cut cut, uint64_t tie_weight, Weight weight, Pick pick,
                                             Shared& s) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   uint32_t begin = 0, end = row.vectors();
@@ -279,7 +425,7 @@ __device__ __noinline__ uint32_t find_token(Row row, Cut cut, uint64_t tie_weigh
   }
   // Four tokens are left; every thread looks at them. Their sum may be rounded up: then the last of
   // them that has a weight.
-  const float4 v = row.load(begin, -INFINITY);
+  const float4 v = row.at(begin);
   const float four[4] = {v.x, v.y, v.z, v.w};
   uint32_t found = 4 * begin;
   for (int j = 0; j < 4; j++) {

@@ -337,6 +337,7 @@ fn capacity(
         block_size: config.block_size,
         local: kv.local(),
         max_batch_tokens: config.max_batch_tokens,
+        step_tokens: None,
         max_seq_len,
         vocab_size: model.vocab_size as u32,
         lanes: vec![Lane::Main],

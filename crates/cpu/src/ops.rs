@@ -38,6 +38,8 @@ pub(crate) struct CpuOps {
     kv: KvCache,
     pub(crate) slots: Vec<Option<SlotState>>,
     scratch: Scratch,
+    /// Gate and up projections, `[tokens, 2 * ffn]`.
+    gate_up: Act,
     /// Hidden states of a tile of positions that want logits, `[LOGIT_TILE, hidden]`.
     picked: Act,
     /// `[LOGIT_TILE, vocab_size]`
@@ -97,6 +99,7 @@ impl CpuOps {
         Ok(Self {
             isa: Isa::best(),
             scratch: Scratch::new(max_tokens, widest),
+            gate_up: Act::new(max_tokens, 2 * c.ffn)?,
             pool,
             ropes,
             common_keys,
@@ -114,8 +117,8 @@ impl CpuOps {
 
     /// Bytes of all activations and scratch memory, once the transformer has its share.
     pub(crate) fn activation_bytes(&self) -> u64 {
-        let logits = self.picked.bytes() + self.logits.bytes();
-        self.allocated + (logits + self.scratch.bytes()) as u64
+        let own = [&self.gate_up, &self.picked, &self.logits].map(Act::bytes);
+        self.allocated + (own.iter().sum::<usize>() + self.scratch.bytes()) as u64
     }
 
     pub(crate) fn copy_block(&mut self, copy: BlockCopy, local: bool) {
@@ -244,6 +247,31 @@ impl Ops for CpuOps {
         Ok(())
     }
 
+    fn gated_linear(
+        &mut self,
+        step: &Step,
+        matrix: &Matrix,
+        activation: Activation,
+        x: &Act,
+        out: &mut Act,
+    ) -> Result<(), CpuError> {
+        let m = step.tokens.len();
+        let gate_up = self.gate_up.rows_mut(m);
+        apply(&self.pool, &mut self.scratch, matrix, x.rows(m), m, gate_up);
+        let chunk = self.chunk(step, out.width);
+        let (gate, up) = self.gate_up.rows(m).split_at(m * out.width);
+        self.pool.run_chunks(out.rows_mut(m), chunk, |i, out| {
+            let range = i * chunk..i * chunk + out.len();
+            self.isa.run(ActMul {
+                activation,
+                gate: &gate[range.clone()],
+                up: &up[range],
+                out,
+            });
+        });
+        Ok(())
+    }
+
     fn qk_norm_rope_append(
         &mut self,
         step: &Step,
@@ -296,28 +324,6 @@ impl Ops for CpuOps {
             KvCache::Bf16(kv) => self.attend(kv, step, layer, qkv, out),
             KvCache::Int8(kv) => self.attend(kv, step, layer, qkv, out),
         }
-        Ok(())
-    }
-
-    fn act_mul(
-        &mut self,
-        step: &Step,
-        activation: Activation,
-        gate_up: &Act,
-        out: &mut Act,
-    ) -> Result<(), CpuError> {
-        let m = step.tokens.len();
-        let chunk = self.chunk(step, out.width);
-        let (gate, up) = gate_up.rows(m).split_at(m * out.width);
-        self.pool.run_chunks(out.rows_mut(m), chunk, |i, out| {
-            let range = i * chunk..i * chunk + out.len();
-            self.isa.run(ActMul {
-                activation,
-                gate: &gate[range.clone()],
-                up: &up[range],
-                out,
-            });
-        });
         Ok(())
     }
 

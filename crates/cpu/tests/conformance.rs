@@ -6,6 +6,7 @@ mod common;
 use common::tiny;
 use spate_cpu::CpuMode;
 use spate_executor::{Executor, conformance};
+use spate_model::GgmlType;
 use spate_model::testing::TinyLlama;
 
 #[test]
@@ -16,6 +17,25 @@ fn exact_conforms() {
 #[test]
 fn fast_conforms() {
     conformance::run(&mut || Box::new(tiny(CpuMode::Fast, &TinyLlama::default()).exec));
+}
+
+#[test]
+fn rare_formats_conform() {
+    for [weights, value_weights] in [
+        [GgmlType::Q2K, GgmlType::Q3K],
+        [GgmlType::Iq4Xs, GgmlType::Iq4Nl],
+    ] {
+        // Rows are whole blocks.
+        let spec = TinyLlama {
+            hidden: 256,
+            head_dim: 64,
+            ffn: 256,
+            weights,
+            value_weights,
+            ..TinyLlama::default()
+        };
+        conformance::run(&mut || Box::new(tiny(CpuMode::Fast, &spec).exec));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Real models on a GPU against another engine's float32 outputs (`tests/golden`) and against the CPU:
-//! `golden [--kv-dtype bf16|int8|fp8] (MODEL.gguf GOLDEN.json)…`. Without a GPU it says so and passes.
+//! `golden [--portable] [--kv-dtype bf16|int8|fp8] (MODEL.gguf GOLDEN.json)…`. Without a GPU it says so and
+//! passes.
 
 mod common;
 #[path = "common/device.rs"]
@@ -15,7 +16,7 @@ use spate_cuda::{CudaConfig, KvDtype};
 use spate_model::Gguf;
 use spate_types::TokenId;
 
-use common::{Output, config, cpu, cuda, run, take_kv_dtype, verdict};
+use common::{Options, Output, config, cpu, run, verdict};
 
 /// What passes: mean |Δ prompt logprob|, and the share of prompt positions with the same best token.
 const MOST_APART: f64 = 0.05;
@@ -39,10 +40,10 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let kv_dtype = take_kv_dtype(&mut args)?.unwrap_or(KvDtype::Bf16);
+    let options = Options::take(&mut args)?;
     let mut passed = true;
     for pair in args.chunks_exact(2) {
-        passed &= check(Path::new(&pair[0]), Path::new(&pair[1]), kv_dtype)?;
+        passed &= check(Path::new(&pair[0]), Path::new(&pair[1]), &options)?;
     }
     Ok(if passed {
         ExitCode::SUCCESS
@@ -51,17 +52,18 @@ fn main() -> Result<ExitCode> {
     })
 }
 
-fn check(model: &Path, golden: &Path, kv_dtype: KvDtype) -> Result<bool> {
+fn check(model: &Path, golden: &Path, options: &Options) -> Result<bool> {
     let cases = cases(golden)?;
     let prompts: Vec<Vec<TokenId>> = cases.iter().map(|case| case.prompt.clone()).collect();
     let gguf = Gguf::open(model)?;
     let start = Instant::now();
+    let kv_dtype = options.kv_dtype.unwrap_or(KvDtype::Bf16);
     let config = CudaConfig {
         kv_cache_bytes: Some(1 << 30),
         kv_dtype,
         ..config()
     };
-    let mut gpu = cuda(&gguf, &config)?;
+    let mut gpu = options.cuda(&gguf, &config)?;
     let loaded = start.elapsed();
     let got = run(&mut *gpu, &prompts, GREEDY)?;
     drop(gpu);
@@ -81,10 +83,11 @@ fn check(model: &Path, golden: &Path, kv_dtype: KvDtype) -> Result<bool> {
     let agreement = same_best as f64 / positions as f64;
     let passed = apart <= MOST_APART && agreement >= LEAST_AGREEMENT;
     println!(
-        "{} {}: loaded in {loaded:.1?}; mean |Δ prompt logprob| {apart:.5} over {positions} positions, same best \
+        "{} {}, KV {kv_dtype:?}{}: loaded in {loaded:.1?}; mean |Δ prompt logprob| {apart:.5} over {positions} positions, same best \
          token at {:.2} %; {same} of {length} greedy tokens before the first difference",
         verdict(passed),
         model.file_name().unwrap_or_default().display(),
+        options.path(),
         agreement * 100.0
     );
     Ok(passed)

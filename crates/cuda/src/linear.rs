@@ -99,6 +99,16 @@ impl Linear {
         }
     }
 
+    /// Whether products of bfloat16 weights can have a [`Product::gate`].
+    pub(crate) fn can_gate(&self) -> bool {
+        self.hopper.is_some()
+    }
+
+    /// Hopper's kernels, for measurements.
+    pub(crate) fn hopper(&self) -> Option<&GemmHopper> {
+        self.hopper.as_ref().map(|hopper| &hopper.gemm)
+    }
+
     /// Hopper's kernels for quantised weights.
     pub(crate) fn packed_hopper(&self) -> Option<&PackedHopper> {
         self.hopper.as_ref().map(|hopper| &hopper.packed)

@@ -20,6 +20,7 @@ fn sim() -> SimConfig {
         block_size: 4,
         local: None,
         max_batch_tokens: 64,
+        step_tokens: None,
         max_seq_len: MAX_LEN,
         vocab_size: 1000,
         lanes: vec![Lane::Main],

@@ -68,6 +68,9 @@ pub struct Capacity {
     pub local: Option<LocalKv>,
     /// Most input tokens in one batch, over all rows.
     pub max_batch_tokens: u32,
+    /// Input tokens that a step computes in about the time that it takes for one, because reading the
+    /// weights takes as long. `None` where each token takes its own time.
+    pub step_tokens: Option<u32>,
     /// Most positions in one sequence.
     pub max_seq_len: u32,
     /// Width of the logits: every token id is below it.

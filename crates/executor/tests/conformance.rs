@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use spate_executor::{
     Batch, Bind, Capacity, Completion, Executor, ExecutorError, Input, Lane, RowOutput, SimConfig,
-    SimExecutor, Ticket, TokenMask, conformance,
+    SimExecutor, Ticket, TokenMask,
+    conformance::{self, Recompute},
 };
 use spate_types::Slot;
 
@@ -22,6 +23,7 @@ enum Fault {
     LosesCopies,
     Last,
     Recomputation,
+    RecomputesBadly,
     KeepsBind,
     IgnoresSeed,
     IgnoresMasks,
@@ -84,6 +86,13 @@ impl Broken {
                 && let Some(logprobs) = output.sampled.as_mut().and_then(|s| s.logprobs.as_mut())
             {
                 logprobs.logprob = logprobs.logprob.next_down();
+            }
+            if self.fault == Fault::RecomputesBadly
+                && row.bind.is_none()
+                && row.start == 0
+                && let Some(logprobs) = output.sampled.as_mut().and_then(|s| s.logprobs.as_mut())
+            {
+                logprobs.top[0].1 -= 0.2;
             }
             if self.fault == Fault::PromptLogprobs && row.start > 0 {
                 output.prompt_logprobs.pop();
@@ -159,32 +168,45 @@ fn each_broken_promise_is_found() {
         (SharedPrefix, "computed by another sequence"),
     ];
     for (fault, expected) in faults {
-        let config = SimConfig::new(Capacity {
-            slots: 4,
-            blocks: 40,
-            block_size: 8,
-            local: None,
-            max_batch_tokens: 100,
-            max_seq_len: 128,
-            vocab_size: 50,
-            lanes: vec![Lane::Main, Lane::Prefill],
-            depth: 2,
-        });
-        let mut make = || -> Box<dyn Executor> {
-            Box::new(Broken {
-                fault,
-                inner: SimExecutor::new(config.clone()),
-                batches: HashMap::new(),
-                first_binds: HashMap::new(),
-                accepted: VecDeque::new(),
-            })
-        };
-        let panic = catch_unwind(AssertUnwindSafe(|| conformance::run(&mut make)))
-            .expect_err("the suite passed a broken executor");
-        let message = panic.downcast::<String>().map_or_else(
-            |panic| panic.downcast::<&str>().unwrap().to_string(),
-            |message| *message,
-        );
+        let message = complaint(fault, Recompute::Exact).expect("the suite passed it");
         assert!(message.contains(expected), "{fault:?}: {message}");
     }
+}
+
+#[test]
+fn where_rounding_is_allowed_more_is_found() {
+    assert_eq!(complaint(Fault::Recomputation, Recompute::Rounded), None);
+    let message = complaint(Fault::RecomputesBadly, Recompute::Rounded).unwrap();
+    assert!(message.contains("best token's"), "{message}");
+}
+
+/// What the suite says of a broken executor.
+fn complaint(fault: Fault, recompute: Recompute) -> Option<String> {
+    let config = SimConfig::new(Capacity {
+        slots: 4,
+        blocks: 40,
+        block_size: 8,
+        local: None,
+        max_batch_tokens: 100,
+        step_tokens: None,
+        max_seq_len: 128,
+        vocab_size: 50,
+        lanes: vec![Lane::Main, Lane::Prefill],
+        depth: 2,
+    });
+    let mut make = || -> Box<dyn Executor> {
+        Box::new(Broken {
+            fault,
+            inner: SimExecutor::new(config.clone()),
+            batches: HashMap::new(),
+            first_binds: HashMap::new(),
+            accepted: VecDeque::new(),
+        })
+    };
+    let suite = AssertUnwindSafe(|| conformance::run_with(recompute, &mut make));
+    let panic = catch_unwind(suite).err()?;
+    Some(panic.downcast::<String>().map_or_else(
+        |panic| panic.downcast::<&str>().unwrap().to_string(),
+        |message| *message,
+    ))
 }

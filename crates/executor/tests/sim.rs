@@ -17,6 +17,7 @@ fn config(block_size: u32, depth: u32, lanes: &[Lane]) -> SimConfig {
         block_size,
         local: None,
         max_batch_tokens: 100,
+        step_tokens: None,
         max_seq_len: 128,
         vocab_size: 50,
         lanes: lanes.to_vec(),

@@ -142,6 +142,19 @@ pub trait Ops {
         out: &mut Self::Act,
     ) -> Result<(), Self::Error>;
 
+    /// `out = activation(gate) * up`, where the outputs of [`linear`](Self::linear) are gate, then up.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    fn gated_linear(
+        &mut self,
+        step: &Self::Step,
+        matrix: &Self::Matrix,
+        activation: Activation,
+        x: &Self::Act,
+        out: &mut Self::Act,
+    ) -> Result<(), Self::Error>;
+
     /// Splits each row of `qkv` into query, key and value heads; normalises each query and key head
     /// when `norms` (query's, key's) are given; rotates both as [`crate::ModelConfig::rope`] says of
     /// `layer`; writes keys and values to the KV cache of `layer`. The queries stay in place.
@@ -166,18 +179,6 @@ pub trait Ops {
         step: &Self::Step,
         layer: usize,
         qkv: &Self::Act,
-        out: &mut Self::Act,
-    ) -> Result<(), Self::Error>;
-
-    /// `out = activation(gate) * up`, where a row of `gate_up` is gate, then up.
-    ///
-    /// # Errors
-    /// When the device is lost.
-    fn act_mul(
-        &mut self,
-        step: &Self::Step,
-        activation: Activation,
-        gate_up: &Self::Act,
         out: &mut Self::Act,
     ) -> Result<(), Self::Error>;
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use half::f16;
 
 use crate::GgmlType;
+use crate::quant::dequantize;
 
 /// Builds the bytes of a GGUF file.
 #[derive(Debug, Default, Clone)]
@@ -86,10 +87,7 @@ impl GgufBuilder {
         kind: GgmlType,
         values: &[f32],
     ) -> &mut Self {
-        let id = (0..64)
-            .find(|&id| GgmlType::from_u32(id) == Ok(kind))
-            .expect("every type has a number");
-        self.tensor(name, dims, id, quantize(kind, values))
+        self.tensor(name, dims, number(kind), quantize(kind, values))
     }
 
     /// The file.
@@ -116,6 +114,13 @@ impl GgufBuilder {
         out.extend(data);
         out
     }
+}
+
+/// What a type is called in a file.
+fn number(kind: GgmlType) -> u32 {
+    let mut numbers = 0..64;
+    let number = numbers.find(|&id| GgmlType::from_u32(id) == Ok(kind));
+    number.expect("every type has a number")
 }
 
 fn string(s: &str) -> Vec<u8> {
@@ -174,7 +179,7 @@ pub struct TinyLlama {
     pub ffn: u32,
     /// Longest sequence.
     pub context_len: u32,
-    /// Format of the matrices: F32, F16, Q4_1 or Q8_0.
+    /// Format of the matrices: F32, F16, Q4_1, Q8_0, Q2_K, Q3_K, IQ4_NL or IQ4_XS.
     pub weights: GgmlType,
     /// Format of the value projection, to have stacked matrices of mixed formats (not for `phi3`,
     /// whose projections are one tensor).
@@ -270,6 +275,16 @@ fn tiny_weights(spec: &TinyLlama, vocab: u64, g: &mut GgufBuilder) {
         // Unit variance of the outputs for unit variance of the inputs, times two: random weights
         // of that size give logits that differ clearly.
         let scale = 2.0 / (cols as f32).sqrt();
+        if let Some(factors) = factors(kind) {
+            let bytes = random_blocks(kind, factors, (cols * rows) as usize, scale, &mut rng);
+            g.tensor(
+                &format!("{name}.weight"),
+                &[cols, rows],
+                number(kind),
+                bytes,
+            );
+            return;
+        }
         let mut values: Vec<f32> = (0..cols * rows).map(|_| rng.next() * scale).collect();
         if let (Some(token), "token_embd") = (spec.nan_token, name) {
             values[token as usize * cols as usize..][..cols as usize].fill(f32::NAN);
@@ -362,6 +377,42 @@ impl Normal {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
     }
+}
+
+/// Of formats without a quantiser here: where a block has its half-precision factors, and how large they are
+/// beside each other for weights whose mean is about zero.
+fn factors(kind: GgmlType) -> Option<&'static [(usize, f32)]> {
+    match kind {
+        GgmlType::Q2K => Some(&[(80, 1.0), (82, 1.5)]),
+        GgmlType::Q3K => Some(&[(108, 1.0)]),
+        GgmlType::Iq4Nl | GgmlType::Iq4Xs => Some(&[(0, 1.0)]),
+        _ => None,
+    }
+}
+
+/// Random bits under factors that make weights of this root mean square.
+fn random_blocks(
+    kind: GgmlType,
+    factors: &[(usize, f32)],
+    len: usize,
+    size: f32,
+    rng: &mut Normal,
+) -> Vec<u8> {
+    let bytes = len / kind.block_elems() * kind.block_bytes();
+    let mut bytes: Vec<u8> = (0..bytes).map(|_| (rng.uniform() * 256.0) as u8).collect();
+    let scale_by = |bytes: &mut [u8], by: f32| {
+        for block in bytes.chunks_exact_mut(kind.block_bytes()) {
+            for &(at, factor) in factors {
+                block[at..at + 2].copy_from_slice(&f16::from_f32(factor * by).to_le_bytes());
+            }
+        }
+    };
+    scale_by(&mut bytes, 1.0);
+    let mut values = vec![0.0; len];
+    dequantize(kind, &bytes, &mut values).expect("whole blocks");
+    let square = values.iter().map(|v| v * v).sum::<f32>() / len as f32;
+    scale_by(&mut bytes, size / square.sqrt());
+    bytes
 }
 
 /// Writes `values` in a block format, rounding to the nearest step between each block's extremes.

@@ -21,9 +21,7 @@ struct Arena<A> {
     qkv: A,
     /// Attention output, `[tokens, heads * head_dim]`.
     attn: A,
-    /// Gate and up projections, `[tokens, 2 * ffn]`.
-    gate_up: A,
-    /// The gated product, `[tokens, ffn]`.
+    /// The gated product of gate and up projections, `[tokens, ffn]`.
     gated: A,
 }
 
@@ -44,7 +42,6 @@ impl<O: Ops> Transformer<O> {
             delta: ops.alloc(c.hidden)?,
             qkv: ops.alloc(c.q_width() + 2 * c.kv_width())?,
             attn: ops.alloc(c.q_width())?,
-            gate_up: ops.alloc(2 * c.ffn)?,
             gated: ops.alloc(c.ffn)?,
         };
         Ok(Self {
@@ -71,6 +68,24 @@ impl<O: Ops> Transformer<O> {
         step: &mut O::Step,
         layers: Range<usize>,
     ) -> Result<(), O::Error> {
+        let last = layers.end == self.weights.layers.len();
+        self.hidden(ops, step, layers)?;
+        if last {
+            self.outputs(ops, step)?;
+        }
+        Ok(())
+    }
+
+    /// The part of [`forward`](Self::forward) that every token goes through: up to the last norm.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn hidden(
+        &mut self,
+        ops: &mut O,
+        step: &O::Step,
+        layers: Range<usize>,
+    ) -> Result<(), O::Error> {
         let (weights, a) = (&self.weights, &mut self.arena);
         if layers.start == 0 {
             let scale = self.config.embedding_scale;
@@ -86,8 +101,7 @@ impl<O: Ops> Transformer<O> {
             Self::attention(ops, step, i, w, a)?;
             let delta = Some((&a.delta, w.attn_post_norm.as_ref()));
             ops.add_rms_norm(step, delta, &mut a.residual, &w.ffn_norm, &mut a.normed)?;
-            ops.linear(step, &w.gate_up, &a.normed, &mut a.gate_up)?;
-            ops.act_mul(step, activation, &a.gate_up, &mut a.gated)?;
+            ops.gated_linear(step, &w.gate_up, activation, &a.normed, &mut a.gated)?;
             ops.linear(step, &w.down, &a.gated, &mut a.delta)?;
         }
         if last {
@@ -95,12 +109,22 @@ impl<O: Ops> Transformer<O> {
             let delta = before.map(|w| (&a.delta, w.ffn_post_norm.as_ref()));
             let norm = &weights.final_norm;
             ops.add_rms_norm(step, delta, &mut a.residual, norm, &mut a.normed)?;
-            ops.check(step, &a.normed)?;
-            let head = weights.head.as_ref().unwrap_or(&weights.embedding);
-            for tile in ops.logit_tiles(step) {
-                ops.logits(step, tile, head, &a.normed)?;
-                ops.sample(step, tile)?;
-            }
+        }
+        Ok(())
+    }
+
+    /// The rest of it: logits and samples of the positions that want them.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn outputs(&mut self, ops: &mut O, step: &mut O::Step) -> Result<(), O::Error> {
+        let normed = &self.arena.normed;
+        ops.check(step, normed)?;
+        let head = self.weights.head.as_ref();
+        let head = head.unwrap_or(&self.weights.embedding);
+        for tile in ops.logit_tiles(step) {
+            ops.logits(step, tile, head, normed)?;
+            ops.sample(step, tile)?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use spate_executor::{Batch, Bind, BlockCopy, Input, Lane, Row};
 use spate_kvcache::{Copies, OutOfBlocks, PrefixMatch};
 use spate_types::Micros;
 
-use crate::policy;
+use crate::policy::{self, Demand};
 use crate::scheduler::{Scheduler, Step, StepRow};
 use crate::sequence::{Rank, Sequence};
 
@@ -45,18 +45,15 @@ impl Scheduler {
             retired_local: Vec::new(),
             retired_slots: Vec::new(),
         };
-        let budget = self
-            .config
-            .max_batch_tokens
-            .min(self.capacity.max_batch_tokens);
+        let (decodes, prompts) = self.runnable(lane);
+        let pace = policy::step_budget(&self.demand(&decodes, &prompts), &self.capacity);
         let mut draft = Draft {
             lane,
-            budget,
+            budget: pace.min(self.config.max_batch_tokens),
             batch: Batch::default(),
             step,
         };
 
-        let (decodes, prompts) = self.runnable(lane);
         self.favour_first(&mut draft, &decodes, &prompts);
         for rank in decodes.into_iter().chain(prompts) {
             self.plan_row(&mut draft, rank);
@@ -86,6 +83,15 @@ impl Scheduler {
             }
         }
         (decodes, prompts)
+    }
+
+    fn demand(&self, decodes: &[Rank], prompts: &[Rank]) -> Demand {
+        let running = prompts.iter().map(|rank| self.running[rank].remaining());
+        let waiting = self.waiting.values().map(Sequence::len);
+        Demand {
+            decodes: decodes.len() as u32,
+            backlog: running.chain(waiting).fold(0, u32::saturating_add),
+        }
     }
 
     /// The first in line always progresses. If it is at its prompt, whose rows come after the

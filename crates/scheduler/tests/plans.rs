@@ -22,6 +22,7 @@ fn capacity() -> Capacity {
         block_size: 4,
         local: None,
         max_batch_tokens: 8,
+        step_tokens: None,
         max_seq_len: 64,
         vocab_size: 100,
         lanes: vec![Lane::Main],
@@ -166,6 +167,45 @@ fn decodes_go_first_and_prompts_fill_the_budget() {
     assert_eq!(
         bench.plan(),
         ["s0 7..8 last *", "s1 11..12 last *", "s2 3..4 last *"]
+    );
+}
+
+#[test]
+fn prompts_beside_decodes_are_paced() {
+    let capacity = Capacity {
+        blocks: 40,
+        max_batch_tokens: 64,
+        step_tokens: Some(4),
+        ..capacity()
+    };
+    let config = SchedulerConfig {
+        max_batch_tokens: 20,
+        ..config()
+    };
+    let mut bench = Bench::new(config, capacity);
+    bench.add(request(1, 24, 20));
+    assert_eq!(bench.plan(), ["s0 0..20 bind"], "the limit that was set");
+    bench.commit(&[None]);
+    bench.add(request(2, 30, 20));
+    assert_eq!(
+        bench.plan(),
+        ["s0 20..24 *", "s1 0..16 bind"],
+        "nothing decodes"
+    );
+    bench.commit(&[Some(1), None]);
+    bench.add(request(3, 12, 20));
+    assert_eq!(bench.plan(), ["s0 24..25 last *", "s1 16..23"]);
+    bench.commit(&[Some(1), None]);
+    assert_eq!(
+        bench.plan(),
+        ["s0 25..26 last *", "s1 23..30 *"],
+        "the first prompt is finished before the next begins"
+    );
+    bench.commit(&[Some(1), Some(1)]);
+    assert_eq!(
+        bench.plan(),
+        ["s0 26..27 last *", "s1 30..31 last *", "s2 0..6 bind"],
+        "two decodes have room for more beside them"
     );
 }
 

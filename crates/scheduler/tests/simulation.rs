@@ -129,6 +129,7 @@ impl Simulation {
             block_size,
             local,
             max_batch_tokens,
+            step_tokens: rng.pick(&[None, Some(1), Some(3), Some(16)]),
             max_seq_len: 64,
             vocab_size: 40,
             lanes: if two_lanes {

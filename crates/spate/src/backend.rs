@@ -83,7 +83,7 @@ impl Backend {
                 })
             }
             Self::Cuda(number, device) => {
-                let config = cuda_config(settings, *number, device)?;
+                let config = cuda_config(settings, *number)?;
                 let executor = CudaExecutor::load(checkpoint, &config, progress)?;
                 Ok(Loaded {
                     device: format!("cuda:{number}"),
@@ -91,7 +91,7 @@ impl Backend {
                     description: format!(
                         "{}, overlap {}",
                         describe_gpu(*number, device),
-                        overlap(settings, device)
+                        settings.overlap.unwrap_or(Overlap::Off)
                     ),
                     weights: Some(describe_weights(executor.weight_formats())),
                     memory: executor.memory_budget(),
@@ -134,11 +134,7 @@ pub(crate) fn cpu_config(settings: &Settings) -> Result<CpuConfig> {
 }
 
 /// The settings of the CUDA backend.
-pub(crate) fn cuda_config(
-    settings: &Settings,
-    number: u32,
-    device: &driver::Device,
-) -> Result<CudaConfig> {
+pub(crate) fn cuda_config(settings: &Settings, number: u32) -> Result<CudaConfig> {
     let sizes = Sizes::on_gpu(settings);
     let kv_dtype = match settings.kv_cache_dtype {
         KvCacheDtype::Auto | KvCacheDtype::Bf16 => spate_cuda::KvDtype::Bf16,
@@ -149,7 +145,7 @@ pub(crate) fn cuda_config(
             other.name()
         ),
     };
-    let overlap = match overlap(settings, device) {
+    let overlap = match settings.overlap.unwrap_or(Overlap::Off) {
         Overlap::Off => spate_cuda::Overlap::Off,
         Overlap::Streams => spate_cuda::Overlap::Streams,
         Overlap::DecodeSms(sms) => spate_cuda::Overlap::DecodeSms(sms),
@@ -166,17 +162,6 @@ pub(crate) fn cuda_config(
         overlap,
         graphs: true,
     })
-}
-
-/// What was set, or what is best here. With `decode_sms=24` a long prompt on an H100 holds streams up
-/// for a sixtieth of a second and not for a fifth, at next to no cost in throughput
-/// (`benches/RESULTS.md`); on other GPUs that was not measured.
-fn overlap(settings: &Settings, device: &driver::Device) -> Overlap {
-    let usual = match (device.capability(), device.sms()) {
-        ((9, 0), 100..) => Overlap::DecodeSms(24),
-        _ => Overlap::Off,
-    };
-    settings.overlap.unwrap_or(usual)
 }
 
 fn describe_cpu(settings: &Settings, executor: &CpuExecutor) -> String {

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let available = args.memory.or_else(memory::available);
     text.push_str(&verdict(&Needs::of_cpu(&estimate), load, available)?);
     if let Some((number, gpu)) = gpu(settings.device)? {
-        let config = cuda_config(&settings, number, &gpu)?;
+        let config = cuda_config(&settings, number)?;
         text.push_str(&on_gpu(&model, &config, &gpu, load, args.memory));
     }
     print!("{text}");

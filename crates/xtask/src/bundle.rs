@@ -9,7 +9,14 @@ use sha2::{Digest, Sha256};
 use crate::{root, run};
 
 /// The examples of `spate-cuda` that test a GPU.
-const TESTS: [&str; 5] = ["kernels", "oracle", "steps", "lost_device", "golden"];
+const TESTS: [&str; 6] = [
+    "kernels",
+    "oracle",
+    "steps",
+    "lost_device",
+    "hung_kernel",
+    "golden",
+];
 
 /// A shape to measure, with random weights.
 const SHAPE: &str = "llama-3.1-8b";

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Tests this machine with everything in this folder: the doctor, every kernel against the CPU, the whole
-# executor against the CPU, a lost device, the models in models/ against another engine, and a server under
+# executor against the CPU, a lost device, a hung kernel, the models in models/ against another engine, and a server under
 # load. Needs the NVIDIA driver and nothing else; without a GPU what needs one says so and is skipped.
 set -u
 cd "$(dirname "$0")" || exit 1
@@ -37,8 +37,10 @@ check sh -c './spate doctor > doctor.txt'
 cat doctor.txt
 check ./kernels
 check ./oracle
+check ./oracle --portable
 check ./steps check
 check ./lost_device
+check ./hung_kernel
 for model in models/*.gguf; do
     [ -e "$model" ] || continue
     if [ -e "${model%.gguf}.json" ]; then

@@ -36,26 +36,55 @@ pub(crate) fn config() -> CudaConfig {
     }
 }
 
-/// Takes `--kv-dtype bf16|int8|fp8` from the arguments, if it is there.
-pub(crate) fn take_kv_dtype(args: &mut Vec<String>) -> Result<Option<KvDtype>> {
-    let Some(at) = args.iter().position(|arg| arg == "--kv-dtype") else {
-        return Ok(None);
-    };
-    let dtype = match args.get(at + 1).map(String::as_str) {
-        Some("bf16") => KvDtype::Bf16,
-        Some("int8") => KvDtype::Int8,
-        Some("fp8") => KvDtype::Fp8,
-        _ => bail!("--kv-dtype is bf16, int8 or fp8"),
-    };
-    args.drain(at..at + 2);
-    Ok(Some(dtype))
+/// What oracle and golden can be asked for, before other arguments.
+#[derive(Default)]
+pub(crate) struct Options {
+    /// `--portable`: with the kernels that run on every GPU.
+    pub(crate) portable: bool,
+    /// `--kv-dtype bf16|int8|fp8`.
+    pub(crate) kv_dtype: Option<KvDtype>,
 }
 
-pub(crate) fn cuda(
-    model: &dyn Checkpoint,
-    config: &CudaConfig,
-) -> Result<Box<dyn Executor>, CudaError> {
-    Ok(Box::new(CudaExecutor::load(model, config, &mut |_| {})?))
+impl Options {
+    /// Takes what it knows from the arguments.
+    pub(crate) fn take(args: &mut Vec<String>) -> Result<Self> {
+        let mut options = Self::default();
+        if let Some(at) = args.iter().position(|arg| arg == "--portable") {
+            args.remove(at);
+            options.portable = true;
+        }
+        if let Some(at) = args.iter().position(|arg| arg == "--kv-dtype") {
+            options.kv_dtype = Some(match args.get(at + 1).map(String::as_str) {
+                Some("bf16") => KvDtype::Bf16,
+                Some("int8") => KvDtype::Int8,
+                Some("fp8") => KvDtype::Fp8,
+                _ => bail!("--kv-dtype is bf16, int8 or fp8"),
+            });
+            args.drain(at..at + 2);
+        }
+        Ok(options)
+    }
+
+    /// What results are titled with.
+    pub(crate) fn path(&self) -> &'static str {
+        if self.portable {
+            ", portable kernels"
+        } else {
+            ""
+        }
+    }
+
+    pub(crate) fn cuda(
+        &self,
+        model: &dyn Checkpoint,
+        config: &CudaConfig,
+    ) -> Result<Box<dyn Executor>, CudaError> {
+        let progress = &mut |_| {};
+        Ok(Box::new(match self.portable {
+            true => CudaExecutor::load_portable(model, config, progress)?,
+            false => CudaExecutor::load(model, config, progress)?,
+        }))
+    }
 }
 
 /// The CPU in float32: the oracle.

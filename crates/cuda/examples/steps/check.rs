@@ -132,13 +132,37 @@ fn sampling(i: u32) -> SamplingParams {
 
 type Outputs = Vec<Vec<SampledToken>>;
 
-/// Twenty sequences; from step to step fewer, so that graphs of all sizes run with all paddings.
+/// Twenty sequences: the prompts of half of them come bit by bit, beside the others' decodes. Then they all
+/// decode, from step to step fewer, so that graphs of all sizes run with all paddings.
 fn decode(executor: CudaExecutor) -> Result<Outputs> {
     let mut rig = Rig::new(executor);
-    for i in 0..20 {
+    for i in 0..10 {
         rig.add(tokens(i, 5 + 7 * i, BROKEN), sampling(i), 256);
     }
     rig.prefill(256)?;
+    for i in 10..20 {
+        rig.add(tokens(i, 5 + 7 * i, BROKEN), sampling(i), 256);
+    }
+    for late in (10..20).step_by(2) {
+        for chunk in [3, 30, 60, 100, 200] {
+            let mut which: Vec<usize> = (0..late).collect();
+            let mut rows: Vec<_> = which
+                .iter()
+                .map(|&i| rig.sequences[i].decode_row())
+                .collect();
+            for i in [late, late + 1] {
+                let sequence = &mut rig.sequences[i];
+                if sequence.len < sequence.prompt_len() {
+                    which.push(i);
+                    rows.push(sequence.prompt_row(chunk));
+                }
+            }
+            if rig.in_flight(Lane::Main) == 2 {
+                rig.wait()?;
+            }
+            rig.submit(Lane::Main, which, rows)?;
+        }
+    }
     for step in 0..60 {
         let which: Vec<usize> = (step / 3..20).collect();
         if rig.in_flight(Lane::Main) == 2 {

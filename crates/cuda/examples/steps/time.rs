@@ -9,7 +9,7 @@ use spate_executor::{Executor, Lane};
 use spate_model::{DummyModel, HfDirectory};
 use spate_types::SamplingParams;
 
-use crate::rig::{Load, Rig, load, tokens};
+use crate::rig::{Load, Rig, Sequence, load, tokens};
 
 /// Decode steps of which the medians are given.
 const STEPS: usize = 40;
@@ -133,6 +133,65 @@ pub(crate) fn decodes(directory: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Steps in which prompts of 512 tokens come bit by bit beside decodes, with and without graphs.
+pub(crate) fn mixed(directory: &Path) -> Result<()> {
+    for graphs in [true, false] {
+        let mut rig = open(directory, Load { graphs, ..OFF })?;
+        println!("  decodes + prompt tokens  busy ms  idle us  submit us");
+        for [rows, chunk] in [[0, 16], [0, 512], [64, 192], [64, 448], [192, 320]] {
+            fill(&mut rig, rows, CONTEXT, 2 * STEPS as u32)?;
+            let series = run_mixed(&mut rig, rows as usize, chunk)?;
+            println!(
+                "  {rows:7} + {chunk:13}  {:7.3}  {:7.1}  {:9.1}",
+                ms(median(series.busy)),
+                us(median(series.idle)),
+                us(median(series.submit)),
+            );
+            rig.clear();
+        }
+    }
+    Ok(())
+}
+
+/// Decodes the first sequences; beside them `chunk` tokens of new prompts in each step.
+fn run_mixed(rig: &mut Rig, decodes: usize, chunk: u32) -> Result<Series> {
+    let vocab = rig.executor.capacity().vocab_size;
+    let (mut series, mut before) = (Series::default(), None);
+    for step in 0..STEPS + 1 {
+        if step < STEPS {
+            let mut which: Vec<usize> = (0..decodes).collect();
+            let mut rows: Vec<_> = which
+                .iter()
+                .map(|&i| rig.sequences[i].decode_row())
+                .collect();
+            let mut left = chunk;
+            while left > 0 {
+                let done = |s: &Sequence| s.len >= s.prompt_len();
+                if rig.sequences.last().is_none_or(done) {
+                    let prompt = tokens(1000 + step as u32, CONTEXT, vocab);
+                    rig.add(prompt, SamplingParams::default(), CONTEXT);
+                }
+                let sequence = rig.sequences.last_mut().context("one was added")?;
+                let row = sequence.prompt_row(left);
+                left -= row.input.len() as u32;
+                rows.push(row);
+                which.push(rig.sequences.len() - 1);
+            }
+            series.submit.push(rig.submit(Lane::Main, which, rows)?);
+        }
+        if step > 0 {
+            let (_, done) = rig.wait()?;
+            series.busy.push(done.busy);
+            let ran = rig.executor.last_step(Lane::Main).context("a lane")?;
+            if let Some(before) = before.replace(ran.end) {
+                let idle = ran.start.saturating_sub(before);
+                series.idle.push(Duration::from_nanos(idle));
+            }
+        }
+    }
+    Ok(series)
 }
 
 fn prompts(rig: &mut Rig) -> Result<()> {

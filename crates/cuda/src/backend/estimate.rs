@@ -37,7 +37,7 @@ impl Estimate {
         let layer = steps.attention.shape.block_bytes() as u64;
         Ok(Self {
             weights: weights.bytes,
-            steps: steps.bytes(&model, config, weights.scratch),
+            steps: steps.bytes(&model, config, &weights),
             driver: DRIVER_RESERVE,
             kv: KvMemory {
                 bytes: 0,

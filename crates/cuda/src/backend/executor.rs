@@ -15,6 +15,7 @@ use super::kv::{self, KvPlan, KvPools};
 use super::lane::{DEPTH, Lane};
 use super::loader::{CudaLoader, LOAD_THREADS, WeightFormat, WeightPlan, load_error};
 use super::ops::{CudaOps, Kernels, Rates, Shared};
+use super::pace::step_tokens;
 use super::packer::{self, Packer};
 use super::slots::{SlotSizes, Slots};
 use crate::CudaError;
@@ -22,7 +23,7 @@ use crate::driver::{Arena, Device, Partition, Priority, Stream};
 use crate::error::WEIGHTS;
 use crate::kernels::{
     AddRmsNorm, Attention, AttentionModel, KvDtype, KvShape, MAX_EDITS, MAX_VOCAB, Path, Rope,
-    Want, Work,
+    Sharer, Want, Work,
 };
 
 /// Most positions whose logits exist at the same time: they are float32 and as wide as the vocabulary.
@@ -98,9 +99,33 @@ impl CudaExecutor {
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, CudaError> {
         let device = Device::open(config.device)?;
+        let path = Path::best(&device);
+        Self::load_on(device, path, checkpoint, config, progress)
+    }
+
+    /// The same with the kernels that run on every GPU, whatever this one has: to test what other GPUs run.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_portable(
+        checkpoint: &dyn Checkpoint,
+        config: &CudaConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, CudaError> {
+        let device = Device::open(config.device)?;
+        Self::load_on(device, Path::Portable, checkpoint, config, progress)
+    }
+
+    fn load_on(
+        device: Device,
+        path: Path,
+        checkpoint: &dyn Checkpoint,
+        config: &CudaConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, CudaError> {
         let model = checkpoint.config()?;
         check_model(&model, config)?;
-        let needs = WeightPlan::new(checkpoint, &model, Path::best(&device))?;
+        let needs = WeightPlan::new(checkpoint, &model, path)?;
         let weights_arena = Arena::new(&device, WEIGHTS, needs.bytes)?;
         let weight_bytes = weights_arena.size();
         let loader = CudaLoader::new(weights_arena)?;
@@ -109,13 +134,13 @@ impl CudaExecutor {
         let weights = Weights::load(checkpoint, &model, &loader, threads, progress);
         let weights = weights.map_err(load_error)?;
         let weights_arena = loader.finish()?;
-        let plan = Plan::new(&device, &model, config, weight_bytes, needs.scratch)?;
+        let plan = Plan::new(&device, &model, config, weight_bytes, &needs)?;
         let mut main = Arena::new(&device, "the KV cache and slots", plan.main_bytes())?;
-        let pools = KvPools::new(&device, Path::best(&device), &plan.kv, &mut main)?;
+        let pools = KvPools::new(&device, path, &plan.kv, &mut main)?;
         let slots = Slots::new(&mut main, plan.slots)?;
         let stream = Stream::new(&device, Priority::High)?;
         let shared = Arc::new(Shared {
-            kernels: Kernels::load(&device)?,
+            kernels: Kernels::load(&device, path)?,
             pools,
             slots: slots.memory,
             rotations: plan.rotations(&model, &stream, &mut main)?,
@@ -132,6 +157,7 @@ impl CudaExecutor {
             max_rows: config.slots as usize,
             logit_tile: plan.logit_tile,
             scratch: needs.scratch,
+            gate_up: needs.gate_up,
         });
         let lane_bytes = shared.lane_bytes(plan.max_works);
         let mut lane = |stream| {
@@ -381,6 +407,7 @@ struct Plan {
     logit_tile: usize,
     max_works: usize,
     packed_bytes: usize,
+    step_tokens: Option<u32>,
     lanes: usize,
     overlap: Overlap,
     /// Rates of rotation, common parts of keys.
@@ -436,13 +463,18 @@ impl StepPlan {
         })
     }
 
-    /// Bytes of activations and of the state of sequences, roughly: to leave room for them. `scratch`:
-    /// see [`WeightPlan`].
-    pub(super) fn bytes(&self, model: &ModelConfig, config: &CudaConfig, scratch: usize) -> u64 {
+    /// Bytes of activations and of the state of sequences, roughly: to leave room for them.
+    pub(super) fn bytes(
+        &self,
+        model: &ModelConfig,
+        config: &CudaConfig,
+        needs: &WeightPlan,
+    ) -> u64 {
         let tokens = config.max_batch_tokens;
         let shape = &self.attention.shape;
+        let gate_up = 2 * model.ffn * tokens as usize * usize::from(needs.gate_up);
         let lane = activation_estimate(model, tokens as usize, self.logit_tile, self.max_works)
-            + Arena::room_for::<bf16>(scratch)
+            + Arena::room_for::<bf16>(needs.scratch + gate_up)
             + kv::unpacked_bytes(shape, self.max_seq_len, tokens);
         self.lanes as u64 * lane + self.slots.bytes()
     }
@@ -454,10 +486,10 @@ impl Plan {
         model: &ModelConfig,
         config: &CudaConfig,
         weight_bytes: u64,
-        scratch: usize,
+        needs: &WeightPlan,
     ) -> Result<Self, CudaError> {
         let steps = StepPlan::new(model, config)?;
-        let step_bytes = steps.bytes(model, config, scratch);
+        let step_bytes = steps.bytes(model, config, needs);
         let StepPlan {
             attention,
             max_seq_len,
@@ -471,7 +503,9 @@ impl Plan {
         let tokens = config.max_batch_tokens as usize;
         // Twice for layers with and without a window.
         let decode_works = max_works.max(slots * (2 + splits));
-        let work = 2 * size_of::<Work>() * (tokens * model.heads_per_kv() / 16 + decode_works);
+        let prompt_works = tokens * model.heads_per_kv() / 16 + slots;
+        let work = 2 * size_of::<Work>() * (prompt_works + decode_works)
+            + 2 * size_of::<Sharer>() * decode_works;
         let free = device.free_bytes()?;
         let budget = match config.kv_cache_bytes {
             Some(bytes) => bytes,
@@ -524,6 +558,7 @@ impl Plan {
             logit_tile,
             max_works,
             packed_bytes,
+            step_tokens: step_tokens(model, weight_bytes, device.peaks()),
             lanes,
             overlap: config.overlap,
             constant_bytes: 2 * Arena::room_for::<f64>(model.head_dim)
@@ -578,6 +613,7 @@ impl Plan {
             blocks: self.kv.blocks(),
             block_size: config.block_size,
             max_batch_tokens: config.max_batch_tokens,
+            step_tokens: self.step_tokens,
             max_seq_len: self.max_seq_len,
             vocab_size: self.slots.vocab as u32,
             lanes: [LaneId::Main, LaneId::Prefill][..self.lanes].to_vec(),
@@ -594,7 +630,7 @@ fn activation_estimate(
     logit_tile: usize,
     max_works: usize,
 ) -> u64 {
-    let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + 3 * model.ffn;
+    let widths = 3 * model.hidden + 2 * model.q_width() + 2 * model.kv_width() + model.ffn;
     let logits = logit_tile * (4 * model.vocab_size + 2 * model.hidden);
     let scratch = max_works * model.heads * (model.head_dim + 2) * 4;
     (tokens * (2 * widths + 8 * model.head_dim + 1024) + logits + scratch) as u64

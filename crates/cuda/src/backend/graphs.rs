@@ -1,45 +1,68 @@
 use std::time::Duration;
 
-use super::step::Step;
 use crate::CudaError;
 use crate::driver::{Graph, Slice, Stream};
 
-/// Steps in which so many sequences decode and nothing else happens: captured once, replayed with
-/// one call. A step of fewer rows is padded.
+/// Most tokens of a step that is not queued kernel by kernel: with more, the host is fast enough.
+const MOST_TOKENS: usize = 1024;
+
+/// How a step is queued. Numbers are indices into lists of [`Bucket`]s.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// As one graph: every row decodes and samples, and nothing else happens.
+    Whole(usize),
+    /// As a graph up to the hidden states of all tokens and one from there on, or kernel by kernel.
+    Parts {
+        hidden: Option<usize>,
+        outputs: Option<usize>,
+    },
+}
+
+/// Steps, or parts of steps, with so many rows or tokens: captured once, replayed with one call. A smaller
+/// one is padded.
 pub(crate) struct Bucket {
-    pub(crate) rows: usize,
+    pub(crate) size: usize,
     /// Whether it keeps to a part of the GPU, beside what runs on the rest.
     pub(crate) beside: bool,
     /// How long the last step took.
     pub(crate) busy: Duration,
     graph: Graph,
-    /// Where the description of the captured step was.
-    packed: Slice<u8>,
+    /// What it reads of the description of a step.
+    read: Slice<u8>,
 }
 
 impl Bucket {
-    /// `step`: what was captured.
-    pub(crate) fn new(rows: usize, beside: bool, graph: Graph, step: &Step) -> Self {
+    pub(crate) fn new(size: usize, beside: bool, graph: Graph, read: Slice<u8>) -> Self {
         Self {
-            rows,
+            size,
             beside,
             busy: Duration::ZERO,
             graph,
-            packed: step.packed,
+            read,
         }
     }
 
-    /// Queues a step that was padded to this bucket.
+    /// Queues a step that was padded to this bucket; `read`: what the graph reads of its description.
     ///
     /// # Safety
     /// What the lane's steps touch is allocated.
-    pub(crate) unsafe fn launch(&self, stream: &Stream, step: &Step) -> Result<(), CudaError> {
+    pub(crate) unsafe fn launch(&self, stream: &Stream, read: Slice<u8>) -> Result<(), CudaError> {
         // The graph knows its arrays by address: they are packed in the same order, with the same sizes.
-        let same = |s: &Slice<u8>| (s.address(), s.len());
-        assert_eq!(same(&step.packed), same(&self.packed), "a padded step");
+        let place = |s: &Slice<u8>| (s.address(), s.len());
+        assert_eq!(place(&read), place(&self.read), "a padded step");
         // SAFETY: the caller vouches for the memory.
         unsafe { self.graph.launch(stream) }
     }
+}
+
+/// Tokens of buckets of mixed steps, ascending, up to `most`: whole tiles of matrix products.
+pub(crate) fn token_sizes(most: usize) -> Vec<usize> {
+    let most = most.min(MOST_TOKENS);
+    let few = [16, 32].into_iter();
+    let sizes = few.chain((64..).step_by(64));
+    let mut sizes: Vec<usize> = sizes.take_while(|&size| size < most).collect();
+    sizes.push(most);
+    sizes
 }
 
 /// Rows of buckets, ascending, up to `most`. The tiles of matrix products are 8 rows high at least, and
@@ -56,7 +79,7 @@ pub(crate) fn sizes(most: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::sizes;
+    use super::{sizes, token_sizes};
 
     #[test]
     fn buckets_ascend_to_the_largest_step() {
@@ -68,5 +91,14 @@ mod tests {
             // Padding to the next bucket is never more than rows of one tile, or a fifth.
             assert!(sizes.windows(2).all(|w| w[1] - w[0] <= 8.max(w[0] / 4)));
         }
+    }
+
+    #[test]
+    fn buckets_of_tokens_are_tiles_of_products() {
+        assert_eq!(token_sizes(8), [8]);
+        assert_eq!(token_sizes(100), [16, 32, 64, 100]);
+        let sizes = token_sizes(8192);
+        assert!(sizes.is_sorted_by(|a, b| a < b) && sizes.last() == Some(&1024));
+        assert!(sizes[2..].iter().all(|size| size % 64 == 0));
     }
 }

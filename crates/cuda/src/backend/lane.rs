@@ -7,12 +7,12 @@ use spate_executor::{Batch, Completion, Input, RowOutput, Ticket, TokenMask};
 use spate_model::{Transformer, Weights};
 use spate_types::{SampledToken, Slot};
 
-use super::graphs::{self, Bucket};
+use super::graphs::{self, Bucket, Way};
 use super::loader::Matrix;
 use super::ops::{CudaOps, Shared};
 use super::ring::{Outcome, Ring};
 use super::slots::{QueuedBind, Slots};
-use super::step::{Describe, HostStep, LocalTables, Step};
+use super::step::{Describe, HostStep, LocalTables, Outputs, Step};
 use crate::CudaError;
 use crate::driver::{Device, Graph, Slice, Stream};
 use crate::kernels::{Done, MAX_TOP, NONE, RING, Want};
@@ -26,16 +26,21 @@ const PADDING: u64 = u64::MAX;
 /// A queue of steps with everything that a step needs for itself: a stream, activations, the way of
 /// its description to the GPU and of its results back, graphs.
 ///
-/// A step is one graph launch if its rows all decode and sample, as nearly all are under load; else
-/// its kernels are launched one by one. Both run the same kernels in the same order.
+/// A step is one graph launch if its rows all decode and sample; two, and some copies, if it has prompts
+/// and not very many tokens; else its kernels are launched one by one. All run the same kernels in the
+/// same order.
 pub(crate) struct Lane {
     ops: CudaOps,
     transformer: Transformer<CudaOps>,
     step: HostStep,
     ring: Ring,
     max_works: usize,
-    /// By rows, ascending; those for the whole GPU, then those for a part.
-    buckets: Vec<Bucket>,
+    /// Decode steps by rows, ascending; those for the whole GPU, then those for a part.
+    decodes: Vec<Bucket>,
+    /// Other steps up to the hidden states, by tokens, ascending.
+    hidden: Vec<Bucket>,
+    /// From there on, by rows, ascending.
+    outputs: Vec<Bucket>,
     /// What the graphs for a part of the GPU were captured on; it keeps the part.
     beside: Option<Arc<Stream>>,
     in_flight: VecDeque<InFlight>,
@@ -52,7 +57,7 @@ struct InFlight {
     wants: Vec<Want>,
     /// Whether it waits for masks.
     masked: bool,
-    bucket: Option<usize>,
+    way: Way,
     submitted: Instant,
 }
 
@@ -79,7 +84,9 @@ impl Lane {
             transformer,
             step: HostStep::default(),
             max_works,
-            buckets: Vec::new(),
+            decodes: Vec::new(),
+            hidden: Vec::new(),
+            outputs: Vec::new(),
             beside: None,
             in_flight: VecDeque::new(),
             completed: Instant::now(),
@@ -87,10 +94,15 @@ impl Lane {
         })
     }
 
-    /// Captures graphs of decode steps with up to so many rows.
+    /// Captures graphs of steps with up to so many rows.
     pub(crate) fn capture(&mut self, slots: &Slots, most: usize) -> Result<(), CudaError> {
+        // What prompts read of a cache of codes is unpacked before, block by block as they need it.
+        let mixed = self.ops.shared.pools.unpacked_blocks().is_none();
         // Once for real: what a kernel needs at its first launch can't be had while capturing.
-        let mut step = self.padding(slots, most)?;
+        let mut step = self.padding(slots, |step, d| match mixed {
+            true => step.pad_mixed(most, most, d),
+            false => step.pad_decode(most, d),
+        })?;
         self.queue(&mut step, &[], slots)?;
         self.ops.stream.synchronize()?;
         let buffer = self.ring.advance();
@@ -98,7 +110,30 @@ impl Lane {
             let what = "a step without rows gave no result";
             return Err(CudaError::Config(what.into()));
         }
+        if mixed {
+            self.capture_mixed(slots, most)?;
+        }
         self.capture_on(None, slots, most)
+    }
+
+    fn capture_mixed(&mut self, slots: &Slots, most: usize) -> Result<(), CudaError> {
+        let stream = Arc::clone(&self.ops.stream);
+        for tokens in graphs::token_sizes(self.ops.shared.max_tokens) {
+            let step = self.padding(slots, |step, d| step.pad_mixed(tokens, most, d))?;
+            let graph = Graph::capture(&stream, || self.queue_hidden(&step))?;
+            graph.upload(&stream)?;
+            let bucket = Bucket::new(tokens, false, graph, step.inputs);
+            self.hidden.push(bucket);
+        }
+        for rows in graphs::sizes(most) {
+            let mut step = self.padding(slots, |step, d| step.pad_mixed(most, most, d))?;
+            step.limit(Outputs::of_rows(rows));
+            let graph = Graph::capture(&stream, || self.queue_outputs(&mut step))?;
+            graph.upload(&stream)?;
+            let bucket = Bucket::new(rows, false, graph, step.outputs);
+            self.outputs.push(bucket);
+        }
+        stream.synchronize()
     }
 
     /// The same for steps that run beside others, on the part of the GPU that a stream is bound to.
@@ -121,10 +156,11 @@ impl Lane {
         let stream = part.unwrap_or_else(|| Arc::clone(&whole));
         self.ops.stream = Arc::clone(&stream);
         for rows in graphs::sizes(most) {
-            let mut step = self.padding(slots, rows)?;
+            let mut step = self.padding(slots, |step, d| step.pad_decode(rows, d))?;
             let graph = Graph::capture(&stream, || self.queue(&mut step, &[], slots))?;
             graph.upload(&whole)?;
-            self.buckets.push(Bucket::new(rows, beside, graph, &step));
+            let bucket = Bucket::new(rows, beside, graph, step.packed);
+            self.decodes.push(bucket);
         }
         self.ops.stream = Arc::clone(&whole);
         if beside {
@@ -134,12 +170,15 @@ impl Lane {
     }
 
     /// A step of nothing but padding.
-    fn padding(&mut self, slots: &Slots, rows: usize) -> Result<Step, CudaError> {
+    fn padding(
+        &mut self,
+        slots: &Slots,
+        pad: impl Fn(&mut HostStep, &Describe),
+    ) -> Result<Step, CudaError> {
         let shared = Arc::clone(&self.ops.shared);
         self.step.clear();
         self.step.ticket = PADDING;
-        self.step
-            .pad(rows, &describe(&shared, slots, self.max_works));
+        pad(&mut self.step, &describe(&shared, slots, self.max_works));
         let packer = self.ring.packer();
         packer.clear();
         self.step.pack(packer, slots.tables)
@@ -170,53 +209,118 @@ impl Lane {
             slots.note(slot, bind);
         }
         self.step.fill(ticket, batch, slots, &describe);
-        let bucket = self.bucket(batch, beside && self.beside.is_some());
-        if let Some(bucket) = bucket {
-            self.step.pad(self.buckets[bucket].rows, &describe);
-        }
+        let way = self.way(batch, beside && self.beside.is_some(), &describe);
+        let outputs = self.pad(way, &describe);
         let packer = self.ring.packer();
         packer.clear();
         let mut step = self.step.pack(packer, slots.tables)?;
-        match bucket {
-            Some(bucket) => {
-                // SAFETY: it touches what all steps of this lane touch.
-                unsafe { self.buckets[bucket].launch(&self.ops.stream, &step)? };
-            }
-            None => {
+        let stream = Arc::clone(&self.ops.stream);
+        // SAFETY (of the graphs): they touch what all steps of this lane touch.
+        match way {
+            // SAFETY: see above.
+            Way::Whole(at) => unsafe { self.decodes[at].launch(&stream, step.packed)? },
+            Way::Parts {
+                hidden,
+                outputs: rest,
+            } => {
                 let binds = Slots::pack_binds(packer, binds())?;
                 step.packed = packer.packed();
-                self.queue(&mut step, &binds, slots)?;
+                self.queue_start(&step, &binds, slots)?;
+                match hidden {
+                    // SAFETY: see above.
+                    Some(at) => unsafe { self.hidden[at].launch(&stream, step.inputs)? },
+                    None => self.queue_hidden(&step)?,
+                }
+                step.limit(outputs);
+                match rest {
+                    // SAFETY: see above.
+                    Some(at) => unsafe { self.outputs[at].launch(&stream, step.outputs)? },
+                    None => self.queue_outputs(&mut step)?,
+                }
             }
         }
         self.in_flight.push_back(InFlight {
             ticket,
             buffer: self.ring.advance(),
             rows: batch.rows.iter().map(|row| row.slot).collect(),
-            wants: self.step.wants.clone(),
+            wants: self.step.wants[..outputs.wants].to_vec(),
             masked: batch.rows.iter().any(|row| row.masked),
-            bucket,
+            way,
             submitted: Instant::now(),
         });
         Ok(())
     }
 
-    /// The bucket of a step in which every row decodes and samples, and nothing else happens.
-    fn bucket(&self, batch: &Batch, beside: bool) -> Option<usize> {
-        let rows = batch.rows.len();
-        let at = self
-            .buckets
-            .iter()
-            .position(|b| b.beside == beside && b.rows >= rows)?;
+    /// How the described step is queued. `beside`: on a part of the GPU.
+    fn way(&self, batch: &Batch, beside: bool, describe: &Describe) -> Way {
+        let at_least = |buckets: &[Bucket], beside: bool, size: usize| {
+            let fits = |b: &Bucket| b.beside == beside && b.size >= size;
+            buckets.iter().position(fits)
+        };
+        let whole = at_least(&self.decodes, beside, batch.rows.len());
         let plain = batch.rows.iter().all(|row| {
             row.input == Input::Last && row.sample && row.bind.is_none() && !row.prompt_logprobs
         });
-        (plain && self.step.fits(self.buckets[at].rows)).then_some(at)
+        if let Some(at) = whole.filter(|_| plain)
+            && self.step.fits_decode(self.decodes[at].size)
+        {
+            return Way::Whole(at);
+        }
+        let fits = |at: &usize| {
+            let tokens = self.hidden[*at].size;
+            self.step.fits_mixed(tokens, self.most_rows(), describe)
+        };
+        let hidden = at_least(&self.hidden, beside, self.step.tokens()).filter(fits);
+        let Outputs { rows, wants } = self.step.outputs();
+        Way::Parts {
+            hidden,
+            // Without logits it is two kernels.
+            outputs: match hidden.is_some() && wants > 0 {
+                true => at_least(&self.outputs, beside, rows.max(wants)),
+                false => None,
+            },
+        }
+    }
+
+    /// Pads the described step for its way; says what comes out of it then.
+    fn pad(&mut self, way: Way, describe: &Describe) -> Outputs {
+        match way {
+            Way::Whole(at) => self.step.pad_decode(self.decodes[at].size, describe),
+            Way::Parts { hidden: None, .. } => {}
+            Way::Parts {
+                hidden: Some(at),
+                outputs,
+            } => {
+                let unpadded = self.step.outputs();
+                let tokens = self.hidden[at].size;
+                self.step.pad_mixed(tokens, self.most_rows(), describe);
+                return outputs.map_or(unpadded, |at| Outputs::of_rows(self.outputs[at].size));
+            }
+        }
+        self.step.outputs()
+    }
+
+    /// Rows that mixed steps are padded to.
+    fn most_rows(&self) -> usize {
+        self.outputs.last().map_or(0, |bucket| bucket.size)
     }
 
     /// Queues a step's kernels.
     fn queue(
         &mut self,
         step: &mut Step,
+        binds: &[QueuedBind],
+        slots: &Slots,
+    ) -> Result<(), CudaError> {
+        self.queue_start(step, binds, slots)?;
+        self.queue_hidden(step)?;
+        self.queue_outputs(step)
+    }
+
+    /// What comes before the rows.
+    fn queue_start(
+        &mut self,
+        step: &Step,
         binds: &[QueuedBind],
         slots: &Slots,
     ) -> Result<(), CudaError> {
@@ -230,19 +334,29 @@ impl Lane {
                 slots.bind(&stream, &kernels.sample, bind, self.ops.prompt)?;
             }
         }
-        self.ops.begin(step, slots.tables)?;
+        self.ops.begin(step, slots.tables)
+    }
+
+    /// All tokens' way through the layers.
+    fn queue_hidden(&mut self, step: &Step) -> Result<(), CudaError> {
         let layers = 0..self.transformer.config().layers;
-        self.transformer.forward(&mut self.ops, step, layers)?;
+        self.transformer.hidden(&mut self.ops, step, layers)
+    }
+
+    /// Logits, samples and the results' way back.
+    fn queue_outputs(&mut self, step: &mut Step) -> Result<(), CudaError> {
+        self.transformer.outputs(&mut self.ops, step)?;
         let (rows, results) = (step.rows.len() / 2, 2 * step.wants.len());
         let outcome = Outcome {
             failed: self.ops.failed.range(0..rows),
             chosen: self.ops.chosen.range(0..results),
             tops: self.ops.tops.range(0..results * MAX_TOP),
         };
-        // SAFETY: as above.
+        let (stream, shared) = (&self.ops.stream, &self.ops.shared);
+        // SAFETY: as in `queue_start`.
         unsafe {
-            self.ring
-                .deliver(&stream, &kernels.step_io, step.packed, &outcome)
+            let io = &shared.kernels.step_io;
+            self.ring.deliver(stream, io, step.packed, &outcome)
         }
     }
 
@@ -261,8 +375,13 @@ impl Lane {
         let Done { started, ended, .. } = self.ring.done(oldest.buffer, oldest.ticket.0 + 1)?;
         let done = self.in_flight.pop_front().expect("it has a front");
         let busy = Duration::from_nanos(ended.saturating_sub(started));
-        if let Some(bucket) = done.bucket {
-            self.buckets[bucket].busy = busy;
+        match done.way {
+            Way::Whole(at) => self.decodes[at].busy = busy,
+            Way::Parts { hidden, .. } => {
+                if let Some(at) = hidden {
+                    self.hidden[at].busy = busy;
+                }
+            }
         }
         self.completed = Instant::now();
         self.last = started..ended;
@@ -278,7 +397,11 @@ impl Lane {
     pub(crate) fn expected(&self) -> Option<Range<Instant>> {
         let oldest = self.in_flight.front()?;
         let start = oldest.submitted.max(self.completed);
-        Some(match oldest.bucket.map(|i| self.buckets[i].busy) {
+        let busy = match oldest.way {
+            Way::Whole(at) => Some(self.decodes[at].busy),
+            Way::Parts { hidden, .. } => hidden.map(|at| self.hidden[at].busy),
+        };
+        Some(match busy {
             Some(busy) => start + busy * 9 / 10..start + busy * 5 / 4 + Duration::from_micros(50),
             None => start..start,
         })
@@ -334,14 +457,14 @@ impl Drop for Lane {
     }
 }
 
-fn describe<'a>(shared: &'a Shared, slots: &Slots, max_works: usize) -> Describe<'a> {
+fn describe(shared: &Shared, slots: &Slots, max_works: usize) -> Describe {
     let local = shared.config.local.as_ref();
     let further = match shared.pools.local {
         Some(_) => slots.local_tables(),
         None => 0,
     };
     Describe {
-        attention: &shared.pools.main.attention,
+        tiling: shared.pools.main.attention.tiling(),
         max_works,
         block_size: shared.pools.main.shape.block_size,
         unpacked: shared.pools.unpacked_blocks(),

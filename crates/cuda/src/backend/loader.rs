@@ -91,6 +91,8 @@ pub(crate) struct WeightPlan {
     pub(crate) bytes: u64,
     /// Elements of memory that a product of many tokens needs beside it; see [`Linear::scratch_len`].
     pub(crate) scratch: usize,
+    /// Whether there may be matrices whose gates are not applied as their products are computed.
+    pub(crate) gate_up: bool,
     /// Matrices by the format of the file.
     pub(crate) formats: Vec<WeightFormat>,
 }
@@ -107,10 +109,10 @@ impl WeightPlan {
             plan: Mutex::default(),
         };
         Weights::load(checkpoint, c, &planner, 1, &mut |_| {}).map_err(load_error)?;
-        Ok(planner
-            .plan
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner))
+        let plan = planner.plan.into_inner();
+        let mut plan = plan.unwrap_or_else(PoisonError::into_inner);
+        plan.gate_up = path == Path::Portable || plan.formats.iter().any(|f| f.quantized);
+        Ok(plan)
     }
 
     fn count(&mut self, file: GgmlType, quantized: bool, bytes: u64) {

@@ -8,6 +8,7 @@ mod lane;
 mod loader;
 mod masks;
 mod ops;
+mod pace;
 mod packer;
 mod ring;
 mod slots;

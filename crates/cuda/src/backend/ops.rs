@@ -33,12 +33,12 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
+    pub(crate) fn load(device: &Device, path: Path) -> Result<Self, CudaError> {
         Ok(Self {
             embed: Embed::load(device)?,
             add_rms_norm: AddRmsNorm::load(device)?,
             act_mul: ActMul::load(device)?,
-            linear: Linear::load(device, Path::best(device))?,
+            linear: Linear::load(device, path)?,
             rope: Rope::load(device)?,
             sample: Sample::load(device)?,
             copy_blocks: CopyBlocks::load(device)?,
@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     pub(crate) logit_tile: usize,
     /// Elements that products with quantised weights need.
     pub(crate) scratch: usize,
+    /// See [`WeightPlan`](super::loader::WeightPlan).
+    pub(crate) gate_up: bool,
 }
 
 /// How fast each rotated pair turns.
@@ -95,6 +97,8 @@ pub(crate) struct CudaOps {
     unpacked_kv: Option<Unpacked>,
     /// Unpacked weights.
     unpacked: Slice<bf16>,
+    /// Gate and up projections, `[tokens, 2 * ffn]`, if they are needed.
+    gate_up: Slice<bf16>,
     /// Hidden states of a tile of wanted positions.
     picked: Slice<bf16>,
     /// `[tile, vocab]`, the vocabulary rounded up.
@@ -116,6 +120,10 @@ impl Shared {
         self.config.vocab_size.next_multiple_of(ALIGN)
     }
 
+    fn gate_up_width(&self) -> usize {
+        2 * self.config.ffn * usize::from(self.gate_up)
+    }
+
     fn pairs(&self, which: usize) -> usize {
         self.rotations[which].as_ref().map_or(0, |r| r.rates.len())
     }
@@ -128,7 +136,7 @@ impl Shared {
         3 * act(c.hidden)
             + act(qkv)
             + act(c.q_width())
-            + act(2 * c.ffn)
+            + act(self.gate_up_width())
             + act(c.ffn)
             + Arena::room_for::<f32>(2 * n * self.pairs(0))
             + Arena::room_for::<f32>(2 * n * self.pairs(1))
@@ -163,6 +171,7 @@ impl CudaOps {
             arena.take(2 * n * shared.pairs(1))?,
         ];
         let unpacked = arena.take(shared.scratch)?;
+        let gate_up = arena.take(n * shared.gate_up_width())?;
         let picked = arena.take(shared.logit_tile * shared.config.hidden)?;
         let logits = arena.take(shared.logit_tile * shared.padded_vocab())?;
         let (prompt, turn) = (arena.take(shared.max_seq_len)?, arena.take(1)?);
@@ -182,6 +191,7 @@ impl CudaOps {
             decode,
             unpacked_kv,
             unpacked,
+            gate_up,
             picked,
             logits,
             prompt,
@@ -213,6 +223,7 @@ impl CudaOps {
         &self,
         tokens: usize,
         matrix: &Matrix,
+        gate: Option<Activation>,
         x: Slice<bf16>,
         out: Output,
     ) -> Result<(), CudaError> {
@@ -223,9 +234,10 @@ impl CudaOps {
             x,
             weights: Slice::null(),
             fresh_weights: false,
+            gate,
             bias: matrix.bias,
             out,
-            stride: matrix.rows,
+            stride: matrix.rows / if gate.is_some() { 2 } else { 1 },
         };
         let linear = &self.shared.kernels.linear;
         // SAFETY: see below.
@@ -329,7 +341,30 @@ impl Ops for CudaOps {
         x: &Act,
         out: &mut Act,
     ) -> Result<(), CudaError> {
-        self.multiply(step.tokens.len(), matrix, x.data, Output::Bf16(out.data))
+        let out = Output::Bf16(out.data);
+        self.multiply(step.tokens.len(), matrix, None, x.data, out)
+    }
+
+    fn gated_linear(
+        &mut self,
+        step: &Step,
+        matrix: &Matrix,
+        activation: Activation,
+        x: &Act,
+        out: &mut Act,
+    ) -> Result<(), CudaError> {
+        let (kernels, n) = (&self.shared.kernels, step.tokens.len());
+        if kernels.linear.can_gate() && matches!(matrix.stored, Stored::Bf16(_)) {
+            let out = Output::Bf16(out.data);
+            return self.multiply(n, matrix, Some(activation), x.data, out);
+        }
+        self.multiply(n, matrix, None, x.data, Output::Bf16(self.gate_up))?;
+        let (stream, gate_up) = (&self.stream, self.gate_up);
+        // SAFETY: see above.
+        unsafe {
+            let act_mul = &kernels.act_mul;
+            act_mul.launch(stream, activation, n, out.width, gate_up, out.data)
+        }
     }
 
     fn qk_norm_rope_append(
@@ -414,19 +449,6 @@ impl Ops for CudaOps {
         Ok(())
     }
 
-    fn act_mul(
-        &mut self,
-        step: &Step,
-        activation: Activation,
-        gate_up: &Act,
-        out: &mut Act,
-    ) -> Result<(), CudaError> {
-        let (n, width) = (step.tokens.len(), out.width);
-        let kernel = &self.shared.kernels.act_mul;
-        // SAFETY: see above.
-        unsafe { kernel.launch(&self.stream, activation, n, width, gate_up.data, out.data) }
-    }
-
     fn check(&mut self, step: &mut Step, x: &Act) -> Result<(), CudaError> {
         let s = &self.shared;
         let (rows, last) = (step.rows, s.slots.last);
@@ -456,7 +478,8 @@ impl Ops for CudaOps {
             let (embed, last) = (&s.kernels.embed, s.slots.last);
             embed.launch(&self.stream, picks, last, x.data, 1.0, x.width, self.picked)?;
         }
-        self.multiply(picks.len(), head, self.picked, Output::F32(self.logits))
+        let out = Output::F32(self.logits);
+        self.multiply(picks.len(), head, None, self.picked, out)
     }
 
     fn sample(&mut self, step: &mut Step, tile: usize) -> Result<(), CudaError> {

@@ -6,7 +6,7 @@ use spate_types::{BlockId, BlockIds, LocalBlocks, Slot, TokenId};
 use super::packer::Packer;
 use crate::CudaError;
 use crate::driver::{Arena, Plain, Slice, Stream};
-use crate::kernels::{Edit, MAX_EDITS, Sample, SlotMemory, SlotParams};
+use crate::kernels::{Edit, MAX_EDITS, Sample, SlotMemory, SlotParams, counts_stride};
 
 /// What sequences keep between steps: on the GPU what kernels need, here what the host needs to
 /// describe a step. Shared by all lanes: a sequence is in one lane at a time.
@@ -91,7 +91,7 @@ impl SlotSizes {
         let Self { slots, vocab, .. } = *self;
         Arena::room_for::<SlotParams>(slots)
             + Arena::room_for::<u64>(slots * MAX_EDITS)
-            + Arena::room_for::<u16>(slots * vocab)
+            + Arena::room_for::<u16>(slots * counts_stride(vocab))
             + 2 * Arena::room_for::<u32>(slots)
             + Arena::room_for::<u32>(self.tables * slots * self.max_blocks)
     }
@@ -110,7 +110,7 @@ impl Slots {
             memory: SlotMemory {
                 params: arena.take(slots)?,
                 edits: arena.take(slots * MAX_EDITS)?,
-                counts: arena.take(slots * vocab)?,
+                counts: arena.take(slots * counts_stride(vocab))?,
                 generated: arena.take(slots)?,
                 last: arena.take(slots)?,
             },

@@ -5,7 +5,10 @@ use super::packer::Packer;
 use super::slots::Slots;
 use crate::CudaError;
 use crate::driver::Slice;
-use crate::kernels::{Attention, AttentionStep, LAST, NONE, NOWHERE, Sequence, Want, Work};
+use crate::kernels::{
+    ALL_BLOCKS, AttentionStep, DecodeWork, LAST, NONE, NOWHERE, Sequence, Sharer, Tiling, Want,
+    Work,
+};
 
 /// A step, described on the host.
 #[derive(Debug, Default)]
@@ -26,7 +29,7 @@ pub(crate) struct HostStep {
     /// Rows with given tokens: prompts, whole or in chunks.
     prompts: Vec<Prompt>,
     /// Rows that go on from the last sampled token.
-    decodes: Vec<Sequence>,
+    decodes: Vec<Decode>,
     pub(crate) wants: Vec<Want>,
     /// Index of each wanted position's token.
     picks: Vec<u32>,
@@ -46,6 +49,12 @@ struct Prompt {
     local: LocalBlocks,
 }
 
+#[derive(Debug)]
+struct Decode {
+    sequence: Sequence,
+    blocks: BlockIds,
+}
+
 /// The attention work of a step, for one window.
 #[derive(Debug, Default)]
 struct HostLists {
@@ -58,7 +67,7 @@ struct HostLists {
 
 #[derive(Debug, Default)]
 struct PromptList {
-    work: Vec<Work>,
+    work: WorkList,
     /// What is unpacked before, and where each sequence's blocks are then; of a cache of codes.
     unpacked: Option<(Vec<u32>, Vec<u32>)>,
 }
@@ -66,14 +75,36 @@ struct PromptList {
 #[derive(Debug, Default)]
 struct WorkList {
     work: Vec<Work>,
-    /// What follows is padding.
+    /// Of decodes.
+    sharers: Vec<Sharer>,
+    /// What work follows is padding.
     count: u32,
+    /// How many thread blocks may do it.
+    blocks: u32,
+}
+
+impl WorkList {
+    fn new(work: Vec<Work>, sharers: Vec<Sharer>) -> Self {
+        Self {
+            count: work.len() as u32,
+            blocks: ALL_BLOCKS,
+            work,
+            sharers,
+        }
+    }
+
+    fn pad(&mut self, room: usize) {
+        self.work.resize(room, Work::default());
+    }
 }
 
 /// A step on the GPU.
 pub(crate) struct Step {
     /// Everything of it.
     pub(crate) packed: Slice<u8>,
+    /// Of that what is read up to the last hidden states, and what is read from there on.
+    pub(crate) inputs: Slice<u8>,
+    pub(crate) outputs: Slice<u8>,
     pub(crate) tokens: Slice<u32>,
     pub(crate) positions: Slice<u32>,
     pub(crate) places: Slice<u32>,
@@ -104,9 +135,24 @@ pub(crate) struct PromptStep {
     pub(crate) step: AttentionStep,
 }
 
+/// What comes out of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Outputs {
+    pub(crate) rows: usize,
+    /// Positions that want logits.
+    pub(crate) wants: usize,
+}
+
+impl Outputs {
+    /// Of rows each of which samples.
+    pub(crate) fn of_rows(rows: usize) -> Self {
+        Self { rows, wants: rows }
+    }
+}
+
 /// What the description of a step depends on.
-pub(crate) struct Describe<'a> {
-    pub(crate) attention: &'a Attention,
+pub(crate) struct Describe {
+    pub(crate) tiling: Tiling,
     /// Work that fits into the decode scratch.
     pub(crate) max_works: usize,
     pub(crate) block_size: u32,
@@ -145,13 +191,7 @@ impl HostStep {
     }
 
     /// Describes a batch whose shape was checked and whose slots are bound.
-    pub(crate) fn fill(
-        &mut self,
-        ticket: Ticket,
-        batch: &Batch,
-        slots: &mut Slots,
-        d: &Describe<'_>,
-    ) {
+    pub(crate) fn fill(&mut self, ticket: Ticket, batch: &Batch, slots: &mut Slots, d: &Describe) {
         self.clear();
         self.ticket = ticket.0 + 1;
         let pairs = |copies: &[BlockCopy]| {
@@ -188,7 +228,10 @@ impl HostStep {
             }
             Input::Last => {
                 self.tokens.push(LAST | row.slot.0);
-                self.decodes.push(sequence);
+                self.decodes.push(Decode {
+                    sequence,
+                    blocks: row.blocks.clone(),
+                });
                 row.slot.0
             }
         };
@@ -220,7 +263,7 @@ impl HostStep {
         }
     }
 
-    fn lists(&self, d: &Describe<'_>, local: Option<LocalTables>) -> HostLists {
+    fn lists(&self, d: &Describe, local: Option<LocalTables>) -> HostLists {
         let (window, further) = match local {
             Some(local) => (Some(local.window), local.further),
             None => (None, 0),
@@ -229,7 +272,6 @@ impl HostStep {
             table: s.table + further,
             ..*s
         };
-        let decodes: Vec<Sequence> = self.decodes.iter().map(in_pool).collect();
         let mut lists = HostLists {
             window,
             ..HostLists::default()
@@ -239,27 +281,37 @@ impl HostStep {
             Some(room) => lists.prompts = self.unpacked_prompts(d, local, room),
             None => {
                 let prompts = self.prompts.iter().map(|prompt| in_pool(&prompt.sequence));
-                let (prompts, mut list) = (prompts.collect::<Vec<_>>(), PromptList::default());
-                d.attention.prefill_work(&prompts, window, &mut list.work);
-                lists.prompts.push(list);
+                let (prompts, mut work) = (prompts.collect::<Vec<_>>(), Vec::new());
+                d.tiling.prefill_work(&prompts, window, &mut work);
+                lists.prompts.push(PromptList {
+                    work: WorkList::new(work, Vec::new()),
+                    unpacked: None,
+                });
             }
         }
+        let decodes = self.decodes.iter();
+        let decodes: Vec<_> = decodes
+            .map(|decode| (in_pool(&decode.sequence), &decode.blocks[..]))
+            .collect();
         let mut rest = &decodes[..];
         while !rest.is_empty() {
             // As many sequences as fit; one always does.
-            let (mut work, mut count) = (Vec::new(), rest.len());
+            let (mut list, mut count) = (DecodeWork::default(), rest.len());
             loop {
-                d.attention.decode_work(&rest[..count], window, &mut work);
-                if work.len() <= d.max_works || count == 1 {
+                d.tiling.decode_work(&rest[..count], window, &mut list);
+                if list.sharers.len() <= d.max_works || count == 1 {
                     break;
                 }
                 count = count.div_ceil(2);
             }
-            lists.decodes.push(WorkList {
-                count: work.len() as u32,
-                work,
-            });
+            lists.decodes.push(WorkList::new(list.work, list.sharers));
             rest = &rest[count..];
+        }
+        // The last prompts and the first decodes run side by side.
+        if let (Some(prompts), Some(decodes)) = (lists.prompts.last_mut(), lists.decodes.first()) {
+            prompts.work.blocks =
+                d.tiling
+                    .prefill_blocks(&prompts.work.work, &decodes.work, window);
         }
         lists
     }
@@ -267,7 +319,7 @@ impl HostStep {
     /// Prompts that read unpacked blocks: as many at a time as there is room for.
     fn unpacked_prompts(
         &self,
-        d: &Describe<'_>,
+        d: &Describe,
         local: Option<LocalTables>,
         room: u32,
     ) -> Vec<PromptList> {
@@ -310,9 +362,9 @@ impl HostStep {
                 "there is room for the longest sequence"
             );
             let mut work = Vec::new();
-            d.attention.prefill_work(&sequences, window, &mut work);
+            d.tiling.prefill_work(&sequences, window, &mut work);
             lists.push(PromptList {
-                work,
+                work: WorkList::new(work, Vec::new()),
                 unpacked: Some((blocks, tables)),
             });
             rest = &rest[sequences.len()..];
@@ -320,85 +372,171 @@ impl HostStep {
         lists
     }
 
-    /// Whether [`pad`](Self::pad) can make it as large as any step of so many rows, all of which
-    /// decode and sample.
-    pub(crate) fn fits(&self, rows: usize) -> bool {
-        let one_list = |lists: &HostLists| lists.prompts.is_empty() && lists.decodes.len() <= 1;
+    /// How many rows there are, and positions that want logits.
+    pub(crate) fn outputs(&self) -> Outputs {
+        Outputs {
+            rows: self.rows.len() / 2,
+            wants: self.wants.len(),
+        }
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether [`pad_decode`](Self::pad_decode) can make it as large as any step of so many rows, all of
+    /// which decode and sample.
+    pub(crate) fn fits_decode(&self, rows: usize) -> bool {
+        let mut lists = std::iter::once(&self.global).chain(&self.local);
         self.copies.is_empty()
             && self.local_copies.is_empty()
             && self.tokens.len() <= rows
             && self.wants.len() == self.tokens.len()
             && self.words.len() <= words_room(rows)
-            && one_list(&self.global)
-            && self.local.as_ref().is_none_or(one_list)
+            && lists.all(|lists| lists.prompts.is_empty() && lists.decodes.len() <= 1)
     }
 
-    /// Adds rows that do nothing, so that every step of that many rows is packed alike. They have no
-    /// place in the cache, no attention work and no slot.
-    pub(crate) fn pad(&mut self, rows: usize, d: &Describe<'_>) {
-        for row in self.tokens.len() as u32..rows as u32 {
-            self.tokens.push(0);
-            self.positions.push(0);
-            self.places.push(NOWHERE);
-            if d.local.is_some_and(|local| local.further > 0) {
-                self.local_places.push(NOWHERE);
-            }
-            self.rows.extend([row, NONE]);
-            self.picks.push(row);
-            self.wants.push(Want {
-                slot: NONE,
-                row,
-                position: 0,
-                target: NONE,
-                sample: 0,
-                mask: NONE,
-            });
-        }
+    /// Whether [`pad_mixed`](Self::pad_mixed) can make it as large as any step of so many tokens, with so
+    /// many rows at most.
+    pub(crate) fn fits_mixed(&self, tokens: usize, most_rows: usize, d: &Describe) -> bool {
+        let room = d.prompt_room(tokens, most_rows);
+        let one_of_each = |lists: &HostLists| {
+            let fits = |list: &PromptList| list.unpacked.is_none() && list.work.work.len() <= room;
+            lists.prompts.len() <= 1 && lists.prompts.iter().all(fits) && lists.decodes.len() <= 1
+        };
+        let Outputs { rows, wants } = self.outputs();
+        self.tokens.len() <= tokens
+            && rows.max(wants) <= most_rows
+            && std::iter::once(&self.global)
+                .chain(&self.local)
+                .all(one_of_each)
+    }
+
+    /// Adds rows that do nothing, so that every step of that many rows is packed alike.
+    pub(crate) fn pad_decode(&mut self, rows: usize, d: &Describe) {
+        self.pad_tokens(rows, d);
+        self.pad_outputs(rows);
         self.words.resize(words_room(rows), NOWHERE);
+    }
+
+    /// Adds tokens and rows that do nothing, so that what is read on the way to the hidden states is packed
+    /// alike in every step of that many tokens, and what is read from there on in every step.
+    pub(crate) fn pad_mixed(&mut self, tokens: usize, most_rows: usize, d: &Describe) {
+        self.pad_tokens(tokens, d);
+        self.pad_outputs(most_rows);
+        for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
+            lists.prompts.resize_with(1, PromptList::default);
+            lists.prompts[0].work.pad(d.prompt_room(tokens, most_rows));
+        }
+    }
+
+    /// Adds tokens that have no place in the cache and no attention work.
+    fn pad_tokens(&mut self, tokens: usize, d: &Describe) {
+        self.tokens.resize(tokens, 0);
+        self.positions.resize(tokens, 0);
+        self.places.resize(tokens, NOWHERE);
+        if d.local.is_some_and(|local| local.further > 0) {
+            self.local_places.resize(tokens, NOWHERE);
+        }
         if self.local.is_none() {
             self.local = d.local.map(|local| self.lists(d, Some(local)));
         }
         for lists in std::iter::once(&mut self.global).chain(&mut self.local) {
             lists.decodes.resize_with(1, WorkList::default);
-            lists.decodes[0].work.resize(d.max_works, Work::default());
+            let list = &mut lists.decodes[0];
+            list.pad(d.max_works);
+            list.sharers.resize(d.max_works, Sharer::default());
         }
+    }
+
+    /// Adds rows that have no slot. They look at the first token.
+    fn pad_outputs(&mut self, rows: usize) {
+        while self.rows.len() < 2 * rows {
+            self.rows.extend([0, NONE]);
+        }
+        self.picks.resize(rows, 0);
+        self.wants.resize(
+            rows,
+            Want {
+                slot: NONE,
+                row: 0,
+                position: 0,
+                target: NONE,
+                sample: 0,
+                mask: NONE,
+            },
+        );
     }
 
     /// Packs everything for the GPU. `tables`: block tables of all slots.
     pub(crate) fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<Step, CudaError> {
         // The kernels of step_io.cu look for these at the start.
         packer.put(&[self.ticket, u64::from(self.masks)])?;
-        let mut step = Step {
-            packed: Slice::null(),
+        let rows = packer.put(&self.rows)?;
+        let wants = packer.put(&self.wants)?;
+        let picks = packer.put(&self.picks)?;
+        let outputs = packer.packed();
+        Ok(Step {
+            outputs,
+            rows,
+            wants,
+            picks,
             tokens: packer.put(&self.tokens)?,
             positions: packer.put(&self.positions)?,
             places: packer.put(&self.places)?,
             local_places: packer.put(&self.local_places)?,
-            rows: packer.put(&self.rows)?,
-            wants: packer.put(&self.wants)?,
-            picks: packer.put(&self.picks)?,
-            words: packer.put(&self.words)?,
-            copies: packer.put(&self.copies)?,
-            local_copies: packer.put(&self.local_copies)?,
             global: self.global.pack(packer, tables)?,
             local: match &self.local {
                 Some(local) => Some(local.pack(packer, tables)?),
                 None => None,
             },
+            inputs: {
+                let so_far = packer.packed();
+                so_far.range(outputs.len()..so_far.len())
+            },
+            words: packer.put(&self.words)?,
+            copies: packer.put(&self.copies)?,
+            local_copies: packer.put(&self.local_copies)?,
+            packed: packer.packed(),
+        })
+    }
+}
+
+impl Step {
+    /// Leaves out the padding behind so many outputs.
+    pub(crate) fn limit(&mut self, Outputs { rows, wants }: Outputs) {
+        self.rows = self.rows.range(0..2 * rows);
+        self.wants = self.wants.range(0..wants);
+        self.picks = self.picks.range(0..wants);
+    }
+}
+
+impl Describe {
+    /// Units of attention work that prompts of so many tokens together can be.
+    fn prompt_room(&self, tokens: usize, sequences: usize) -> usize {
+        let one = Sequence {
+            token: 0,
+            tokens: tokens as u32,
+            position: 0,
+            table: 0,
         };
-        step.packed = packer.packed();
-        Ok(step)
+        let mut work = Vec::new();
+        self.tiling.prefill_work(&[one], None, &mut work);
+        // Every sequence may end in the middle of a tile.
+        work.len() + sequences
     }
 }
 
 impl HostLists {
     fn pack(&self, packer: &mut Packer, tables: Slice<u32>) -> Result<AttentionLists, CudaError> {
-        let pack = |packer: &mut Packer, tables, work: &[Work], count: u32| {
+        let pack = |packer: &mut Packer, tables, list: &WorkList, beside| {
             Ok::<_, CudaError>(AttentionStep {
                 tables,
-                work: packer.put(work)?,
-                works: packer.put(&[count])?,
+                work: packer.put(&list.work)?,
+                works: packer.put(&[list.count, list.blocks])?,
+                sharers: packer.put(&list.sharers)?,
                 window: self.window,
+                beside,
             })
         };
         let mut lists = AttentionLists {
@@ -410,11 +548,13 @@ impl HostLists {
                 Some((blocks, tables)) => (packer.put(blocks)?, packer.put(tables)?),
                 None => (Slice::null(), tables),
             };
-            let step = pack(packer, tables, work, work.len() as u32)?;
+            let step = pack(packer, tables, work, false)?;
             lists.prompts.push(PromptStep { blocks, step });
         }
-        for WorkList { work, count } in &self.decodes {
-            lists.decodes.push(pack(packer, tables, work, *count)?);
+        for work in &self.decodes {
+            // The next lists' decodes use the same scratch memory.
+            let beside = !self.prompts.is_empty() && lists.decodes.is_empty();
+            lists.decodes.push(pack(packer, tables, work, beside)?);
         }
         Ok(lists)
     }

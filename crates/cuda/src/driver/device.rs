@@ -26,7 +26,41 @@ struct Inner {
     l2_bytes: u64,
     shared_bytes: u32,
     total_bytes: u64,
+    peaks: Peaks,
     driver: i32,
+}
+
+/// What a GPU could do at its highest clocks, per second, as the driver knows them; 0 where it does not.
+#[derive(Debug, Clone, Copy)]
+pub struct Peaks {
+    /// Bytes read from memory.
+    pub read: f64,
+    /// Multiplications and additions of bfloat16 matrix products with float32 sums.
+    pub matrix: f64,
+}
+
+impl Peaks {
+    fn new(handle: sys::CUdevice, capability: (u32, u32), sms: u32) -> Result<Self, CudaError> {
+        let hertz = |clock| Ok::<_, CudaError>(1e3 * f64::from(attribute(handle, clock)?));
+        let core = hertz(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
+        let memory = hertz(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let bus = attribute(
+            handle,
+            Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH,
+        )?;
+        // Of an SM's tensor cores, in a cycle.
+        let operations = match capability {
+            (10, _) => 8192.0,
+            (9, _) => 4096.0,
+            (8, 0) => 2048.0,
+            _ => 1024.0,
+        };
+        Ok(Self {
+            // Two transfers a cycle.
+            read: 2.0 * memory * f64::from(bus) / 8.0,
+            matrix: operations * f64::from(sms) * core,
+        })
+    }
 }
 
 // SAFETY: handles of the driver may be used from any thread.
@@ -76,6 +110,7 @@ impl Device {
         let sms = attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let l2_bytes = attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
         let shared_bytes = attribute(handle, optin)?;
+        let peaks = Peaks::new(handle, capability, sms)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: as above. Released by `Inner::drop`.
         unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, handle) }
@@ -89,6 +124,7 @@ impl Device {
             l2_bytes: l2_bytes.into(),
             shared_bytes,
             total_bytes: total_bytes as u64,
+            peaks,
             driver,
         }));
         device.bind()?;
@@ -146,6 +182,11 @@ impl Device {
     /// Memory of the GPU.
     pub fn total_bytes(&self) -> u64 {
         self.0.total_bytes
+    }
+
+    /// What it could do at its highest clocks.
+    pub fn peaks(&self) -> Peaks {
+        self.0.peaks
     }
 
     /// The newest CUDA that the driver knows, 1000 * major + 10 * minor.

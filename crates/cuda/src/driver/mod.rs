@@ -12,7 +12,7 @@ mod partition;
 mod stream;
 mod tensor_map;
 
-pub use device::{Device, device_count, is_installed};
+pub use device::{Device, Peaks, device_count, is_installed};
 pub use graph::Graph;
 pub use launch::{Arguments, Parameter, Shape};
 pub use memory::{Arena, Pinned, Plain, Slice};

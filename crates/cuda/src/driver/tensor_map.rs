@@ -21,7 +21,8 @@ impl TensorMap {
     pub const UNUSED: Self = Self([0; 128]);
 
     /// A matrix `[rows, cols]`, with `stride` elements from a row to the next, in boxes
-    /// `[box_rows, box_cols]`. Rows of a box have 64 or 128 bytes and are swizzled over as many. What a box has outside the matrix is read as zero and not written.
+    /// `[box_rows, box_cols]`. Rows of a box have 32, 64 or 128 bytes and are swizzled over as many. What a box
+    /// has outside the matrix is read as zero and not written.
     ///
     /// # Errors
     /// When the driver finds the sizes impossible: the start and `stride` are to be multiples of 8
@@ -37,12 +38,36 @@ impl TensorMap {
     ) -> Result<Self, CudaError> {
         assert!(stride >= cols && matrix.len() >= (rows - 1) * stride + cols);
         let swizzle = match box_cols {
+            16 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
             32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            _ => panic!("a box is 32 or 64 elements wide, not {box_cols}"),
+            _ => panic!("a box is 16, 32 or 64 elements wide, not {box_cols}"),
         };
         let (sizes, pitch) = ([cols as u64, rows as u64], [2 * stride as u64]);
         Self::encode(matrix, sizes, &pitch, [box_cols, box_rows], swizzle)
+    }
+
+    /// A matrix `[rows, cols]` whose rows are gates and then as many ups, each a multiple of 8: boxes are 64
+    /// wide and have 8 rows of gates and 8 of ups in turn, `box_rows` together. A row of a box is swizzled over its
+    /// 128 bytes. What a box has outside the matrix is read as zero.
+    ///
+    /// # Errors
+    /// When the driver finds the sizes impossible: `cols` is to be a multiple of 8, `box_rows` one of 16 and
+    /// at most 256.
+    pub fn gates(
+        matrix: Slice<bf16>,
+        [rows, cols]: [usize; 2],
+        box_rows: u32,
+    ) -> Result<Self, CudaError> {
+        assert!(rows.is_multiple_of(16) && matrix.len() >= rows * cols);
+        let pitch = 2 * cols as u64;
+        Self::encode(
+            matrix,
+            [cols as u64, 8, 2, rows as u64 / 16],
+            &[pitch, rows as u64 / 2 * pitch, 8 * pitch],
+            [64, 8, 2, box_rows / 16],
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        )
     }
 
     /// The rows of attention heads, `[rows, columns]`, in boxes of whole rows, which go to shared memory as

@@ -1,58 +1,11 @@
-use std::cmp::Reverse;
 use std::ffi::c_void;
 
 use half::bf16;
 
+use super::attention_work::{Sharer, Tiling, Work};
 use super::{KvShape, image};
 use crate::CudaError;
-use crate::driver::{
-    Arena, Device, Kernel, Module, Parameter, Plain, Shape, Slice, Stream, TensorMap,
-};
-
-/// What a step computes of one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sequence {
-    /// Its first token in the step.
-    pub token: u32,
-    /// How many tokens.
-    pub tokens: u32,
-    /// Position of the first.
-    pub position: u32,
-    /// Where its block table begins in the step's tables.
-    pub table: u32,
-}
-
-/// A unit of work, for each key/value head: a tile of query rows, or a split of positions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct Work {
-    token: u32,
-    tokens: u32,
-    position: u32,
-    table: u32,
-    part: u32,
-}
-
-// SAFETY: numbers, laid out as in attention.cuh.
-unsafe impl Plain for Work {}
-
-impl Sequence {
-    fn work(&self, part: u32) -> Work {
-        let Self {
-            token,
-            tokens,
-            position,
-            table,
-        } = *self;
-        Work {
-            token,
-            tokens,
-            position,
-            table,
-            part,
-        }
-    }
-}
+use crate::driver::{Arena, Device, Kernel, Module, Parameter, Shape, Slice, Stream, TensorMap};
 
 /// Which kernels to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,10 +44,15 @@ pub struct AttentionModel {
 pub struct AttentionStep {
     /// Block ids of its sequences.
     pub tables: Slice<u32>,
-    /// From [`Attention::prefill_work`] or [`Attention::decode_work`], for the same window.
+    /// From [`Tiling::prefill_work`] or [`Tiling::decode_work`], for the same window.
     pub work: Slice<Work>,
-    /// How many of `work` there are, one word: not an argument, so that a captured graph can vary it.
+    /// How many of `work` there are, and [how many blocks](Tiling::prefill_blocks) may do it: not
+    /// arguments, so that a captured graph can vary them.
     pub works: Slice<u32>,
+    /// Of decoding.
+    pub sharers: Slice<Sharer>,
+    /// Of decoding: it may run beside the attention of prompts that was queued just before.
+    pub beside: bool,
     /// A query sees that many positions up to its own; all of them if `None`.
     pub window: Option<u32>,
 }
@@ -105,6 +63,7 @@ pub struct DecodeScratch {
     out: Slice<f32>,
     sums: Slice<f32>,
     counters: Slice<u32>,
+    queue: Slice<u32>,
     works: usize,
 }
 
@@ -118,7 +77,10 @@ impl DecodeScratch {
     /// The memory is alive until that has run.
     pub unsafe fn reset(&self, stream: &Stream) -> Result<(), CudaError> {
         // SAFETY: the caller vouches for the memory.
-        unsafe { stream.fill(self.counters, 0) }
+        unsafe {
+            stream.fill(self.counters, 0)?;
+            stream.fill(self.queue, 0)
+        }
     }
 }
 
@@ -131,6 +93,7 @@ pub struct Attention {
     prefill: Option<Kernel>,
     decode: Kernel,
     hopper: Option<Hopper>,
+    sms: u32,
 }
 
 /// How the Hopper kernels read the cache.
@@ -150,9 +113,11 @@ struct Arguments {
     tables: u64,
     work: u64,
     works: u64,
+    sharers: u64,
     partial_out: u64,
     partial_sum: u64,
     counters: u64,
+    queue: u64,
     shape: KvShape,
     layer: u32,
     q_stride: u32,
@@ -161,6 +126,7 @@ struct Arguments {
     scale: f32,
     cap_in: f32,
     cap_out: f32,
+    beside: u32,
 }
 
 // SAFETY: laid out as AttentionArgs of attention.cuh.
@@ -176,11 +142,18 @@ struct HopperSizes {
     consumers: u32,
 }
 
+/// Works taken, blocks ended.
+const QUEUE_WORDS: usize = 2;
+
 const HOPPER_SPLIT: u32 = 1024;
+/// Query rows of a tile when decoding.
+const HOPPER_DECODE_ROWS: u32 = 64;
 const PORTABLE_SPLIT: u32 = 256;
 /// Stages of keys and of values.
 const HOPPER_STAGES: u32 = 2;
 const PORTABLE_STAGES: u32 = 3;
+/// Works that are known before they are begun.
+const HOPPER_DEALS: u32 = 4;
 /// Most tiles of codes that a block of the Hopper kernel holds, and its shared memory.
 const HOPPER_SLOTS: u32 = 8;
 const HOPPER_SHARED: u32 = 226 << 10;
@@ -209,8 +182,9 @@ impl HopperSizes {
         } else {
             consumers * 64 * head_dim * 4
         };
-        let barriers = (4 * HOPPER_STAGES + 2 * consumers) * 8;
-        let tasks = consumers * 44;
+        let deals = if decode && !packed { HOPPER_DEALS } else { 0 };
+        let barriers = (4 * HOPPER_STAGES + 2 * consumers + 2 * deals) * 8;
+        let tasks = consumers * 40 + deals * 4;
         let without = queries + 2 * HOPPER_STAGES * self.tile * row + totals + barriers + tasks;
         // Codes of a tile, and two barriers.
         let slot = self.tile * (head_dim + head_dim / 8) + 16;
@@ -333,6 +307,7 @@ impl Attention {
             prefill,
             decode,
             hopper,
+            sms: device.sms(),
         })
     }
 
@@ -358,48 +333,36 @@ impl Attention {
         self.model.heads / self.model.shape.kv_heads
     }
 
-    /// Positions of a decode split.
-    pub fn split(&self) -> u32 {
+    /// How the work of steps is cut.
+    pub fn tiling(&self) -> Tiling {
+        let KvShape {
+            head_dim,
+            block_size,
+            ..
+        } = self.model.shape;
+        let group = self.group();
         match self.hopper {
-            Some(_) => HOPPER_SPLIT,
-            None => PORTABLE_SPLIT,
+            Some(_) => Tiling {
+                group,
+                block_size,
+                tile_rows: 64 * HopperSizes::new(head_dim).consumers,
+                split: HOPPER_SPLIT,
+                sharers: HOPPER_DECODE_ROWS / group,
+                sms: self.sms,
+            },
+            None => Tiling {
+                group,
+                block_size,
+                tile_rows: prefill_tile(head_dim).0,
+                split: PORTABLE_SPLIT,
+                sharers: 1,
+                sms: self.sms,
+            },
         }
     }
 
-    /// Query rows (a token's heads of one key/value head, token after token) of a prefill tile.
-    pub fn tile_rows(&self) -> u32 {
-        match self.hopper {
-            Some(_) => 64 * HopperSizes::new(self.model.shape.head_dim).consumers,
-            None => prefill_tile(self.model.shape.head_dim).0,
-        }
-    }
-
-    /// Lists the work of sequences that compute prompt tokens, the largest first.
-    pub fn prefill_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
-        let (rows, group) = (self.tile_rows(), self.group());
-        work.clear();
-        for s in sequences {
-            let tiles = (s.tokens * group).div_ceil(rows);
-            work.extend((0..tiles).map(|part| s.work(part)));
-        }
-        let positions = |w: &Work| {
-            let end = ((w.part + 1) * rows).div_ceil(group).min(w.tokens);
-            (w.position + end).min(window.unwrap_or(u32::MAX))
-        };
-        work.sort_by_key(|w| Reverse(positions(w)));
-    }
-
-    /// Lists the work of sequences that compute one new token each: the splits of positions that it sees.
-    pub fn decode_work(&self, sequences: &[Sequence], window: Option<u32>, work: &mut Vec<Work>) {
-        work.clear();
-        for s in sequences {
-            let end = s.position + 1;
-            let first = window.map_or(0, |window| end.saturating_sub(window)) / self.split();
-            work.extend((first..end.div_ceil(self.split())).map(|part| s.work(part)));
-        }
-    }
-
-    /// Room for decode steps with up to that much work; [`DecodeScratch::reset`] it before the first.
+    /// Room for decode steps with up to so many [sharers](super::DecodeWork::sharers);
+    /// [`DecodeScratch::reset`] it before the first.
     ///
     /// # Errors
     /// When the arena is too small.
@@ -413,6 +376,7 @@ impl Attention {
             out: arena.take(rows * self.model.shape.head_dim as usize)?,
             sums: arena.take(2 * rows)?,
             counters: arena.take(self.counters(works))?,
+            queue: arena.take(QUEUE_WORDS)?,
             works,
         })
     }
@@ -423,6 +387,7 @@ impl Attention {
         Arena::room_for::<f32>(rows * self.model.shape.head_dim as usize)
             + Arena::room_for::<f32>(2 * rows)
             + Arena::room_for::<u32>(self.counters(works))
+            + Arena::room_for::<u32>(QUEUE_WORDS)
     }
 
     fn counters(&self, works: usize) -> usize {
@@ -442,7 +407,7 @@ impl Attention {
         let q_stride = (heads + 2 * shape.kv_heads) * shape.head_dim;
         let tokens = qkv.len() / q_stride as usize;
         assert!(out.len() >= tokens * (heads * shape.head_dim) as usize);
-        assert!(step.works.len() == 1);
+        assert!(step.works.len() == 2);
         const UNLIMITED: u32 = i32::MAX as u32;
         let window = step
             .window
@@ -460,9 +425,11 @@ impl Attention {
             tables: step.tables.address(),
             work: step.work.address(),
             works: step.works.address(),
+            sharers: step.sharers.address(),
             partial_out: scratch.map_or(0, |s| s.out.address()),
             partial_sum: scratch.map_or(0, |s| s.sums.address()),
             counters: scratch.map_or(0, |s| s.counters.address()),
+            queue: scratch.map_or(0, |s| s.queue.address()),
             shape,
             layer: layer as u32,
             q_stride,
@@ -471,6 +438,7 @@ impl Attention {
             scale,
             cap_in,
             cap_out,
+            beside: (step.beside && self.hopper.is_some()).into(),
         }
     }
 
@@ -524,7 +492,8 @@ impl Attention {
     /// When the device is lost.
     ///
     /// # Safety
-    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile.
+    /// As [`prefill`](Self::prefill). No other step uses the scratch meanwhile. If it runs beside prompts, their
+    /// attention is what was queued last on the stream.
     ///
     /// # Panics
     /// If a buffer is too small.
@@ -537,7 +506,7 @@ impl Attention {
         qkv: Slice<bf16>,
         out: Slice<bf16>,
     ) -> Result<(), CudaError> {
-        assert!(step.work.len() <= scratch.works, "decode scratch");
+        assert!(step.sharers.len() <= scratch.works, "decode scratch");
         let arguments = self.arguments(step, layer, qkv, out, Some(scratch));
         let dim = self.model.shape.head_dim;
         match &self.hopper {
@@ -599,8 +568,9 @@ mod tests {
     /// What attention.cuh declares.
     #[test]
     fn what_kernels_read_has_their_layout() {
-        assert_eq!((size_of::<Work>(), size_of::<Arguments>()), (20, 128));
-        assert_eq!(std::mem::offset_of!(Arguments, shape), 72);
+        assert_eq!((size_of::<Work>(), size_of::<Sharer>()), (20, 12));
+        assert_eq!(size_of::<Arguments>(), 144);
+        assert_eq!(std::mem::offset_of!(Arguments, shape), 88);
     }
 
     #[test]

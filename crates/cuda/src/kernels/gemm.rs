@@ -2,6 +2,7 @@ use std::ffi::CStr;
 use std::ops::Range;
 
 use half::bf16;
+use spate_model::Activation;
 
 use super::{VEC, image};
 use crate::CudaError;
@@ -12,7 +13,7 @@ use crate::driver::{Device, Kernel, Module, Plain, Shape, Slice, Stream};
 pub struct Product {
     /// Rows of `x` and `out`.
     pub tokens: usize,
-    /// Width of `out`.
+    /// Rows of `weights`.
     pub outputs: usize,
     /// Width of `x`.
     pub inputs: usize,
@@ -23,9 +24,12 @@ pub struct Product {
     /// Whether the kernel before this one in the stream writes the weights. Otherwise they are read
     /// while it still runs.
     pub fresh_weights: bool,
+    /// Of weights that are gates, then as many ups: `out = activation(gate) * up`, where both are rounded to
+    /// bfloat16 before. Hopper's kernels only.
+    pub gate: Option<Activation>,
     /// `[outputs]`.
     pub bias: Option<Slice<f32>>,
-    /// `[tokens, stride]`, of which the first `outputs` columns are written.
+    /// `[tokens, stride]`, of which the first [`width`](Self::width) columns are written.
     pub out: Output,
     /// Width of the rows of `out`: outputs may be a part of what is computed from `x`.
     pub stride: usize,
@@ -41,6 +45,11 @@ pub enum Output {
 }
 
 impl Product {
+    /// Width of the result: `outputs`, or half of them with gates.
+    pub fn width(&self) -> usize {
+        self.outputs / if self.gate.is_some() { 2 } else { 1 }
+    }
+
     pub(super) fn check(&self) {
         assert!(self.weights.len() >= self.outputs * self.inputs);
         self.check_activations();
@@ -51,14 +60,16 @@ impl Product {
         assert!(tokens > 0 && outputs > 0 && inputs > 0);
         assert!(inputs.is_multiple_of(VEC) && self.x.len() >= tokens * inputs);
         assert!(self.bias.is_none_or(|bias| bias.len() >= outputs));
-        assert!(self.stride >= outputs);
-        let len = (tokens - 1) * self.stride + outputs;
+        let width = self.width();
+        assert!(self.stride >= width);
+        let len = (tokens - 1) * self.stride + width;
         match self.out {
             Output::Bf16(out) => {
-                assert!(outputs.is_multiple_of(VEC) && self.stride.is_multiple_of(VEC));
+                assert!(width.is_multiple_of(VEC) && self.stride.is_multiple_of(VEC));
+                assert!(self.gate.is_none() || outputs.is_multiple_of(2));
                 assert!(out.len() >= len);
             }
-            Output::F32(out) => assert!(out.len() >= len),
+            Output::F32(out) => assert!(self.gate.is_none() && out.len() >= len),
         }
     }
 

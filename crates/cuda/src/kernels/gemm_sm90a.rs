@@ -1,5 +1,7 @@
 use std::ffi::CStr;
 
+use spate_model::Activation;
+
 use super::gemm::{Output, Product, Side};
 use super::image;
 use crate::CudaError;
@@ -7,6 +9,9 @@ use crate::driver::{Device, Kernel, Module, Plain, Shape, Slice, Stream, TensorM
 
 /// Elements of a row of a box: the widest that wgmma's swizzle allows.
 const SLICE: usize = 64;
+
+/// The most that a block can have.
+const SHARED_BYTES: u32 = 227 << 10;
 
 /// Clusters along the tokens that are done together before the next tile of outputs.
 const GROUP: u32 = 8;
@@ -24,27 +29,32 @@ struct Tile {
     slices: u32,
     stages: u32,
     cluster: u32,
-    /// Cycles for 64 k, whichever of tensor cores and shared memory takes longer.
-    cycles: usize,
+    /// For 64 k when every SM has one: measured on the H100 under load, which is not at its highest clock then.
+    nanoseconds: usize,
 }
 
-const fn few(entry: &'static CStr, bn: u32, slices: u32, stages: u32) -> Tile {
-    // 64 x bn x 64 operations at 4096 a cycle, or the bytes that wgmma reads and TMA writes at 128.
-    let (tensor, shared) = (2 * bn as usize, 2 * (64 + bn as usize));
+/// Weights as rows of `a`.
+const fn skinny(
+    entry: &'static CStr,
+    warpgroups: u32,
+    bn: u32,
+    [slices, stages]: [u32; 2],
+    nanoseconds: usize,
+) -> Tile {
     Tile {
         entry,
         weights: Side::A,
-        warpgroups: 1,
+        warpgroups,
         bn,
         slices,
         stages,
         cluster: 1,
-        cycles: if tensor > shared { tensor } else { shared },
+        nanoseconds,
     }
 }
 
-const fn many(entry: &'static CStr, bn: u32, stages: u32) -> Tile {
-    let (tensor, shared) = (4 * bn as usize, 2 * (64 + bn as usize) + 128 + bn as usize);
+/// Tokens as rows of `a`.
+const fn wide(entry: &'static CStr, bn: u32, stages: u32, nanoseconds: usize) -> Tile {
     Tile {
         entry,
         weights: Side::B,
@@ -53,25 +63,34 @@ const fn many(entry: &'static CStr, bn: u32, stages: u32) -> Tile {
         slices: 1,
         stages,
         cluster: 2,
-        cycles: if tensor > shared { tensor } else { shared },
+        nanoseconds,
     }
 }
 
-/// For few tokens, weights as rows of `a`; by the number of tokens.
-const FEW: [Tile; 5] = [
-    few(c"gemm_skinny_bf16_8", 8, 2, 11),
-    few(c"gemm_skinny_bf16_16", 16, 2, 10),
-    few(c"gemm_skinny_bf16_32", 32, 2, 8),
-    few(c"gemm_skinny_bf16_64", 64, 2, 6),
-    few(c"gemm_skinny_bf16_128", 128, 1, 8),
-];
+/// The first so many are for few tokens.
+const FEW: usize = 4;
 
-/// For many tokens.
-const MANY: [Tile; 4] = [
-    many(c"gemm_bf16_128x256", 256, 4),
-    many(c"gemm_bf16_128x224", 224, 4),
-    many(c"gemm_bf16_128x192", 192, 4),
-    many(c"gemm_bf16_128x128", 128, 6),
+/// From this one on pairs of blocks share their weights, which was measured to pay for more tokens than these.
+const SHARED: usize = 13;
+const SHARED_TOKENS: usize = 1536;
+
+const TILES: [Tile; GemmHopper::TILES] = [
+    skinny(c"gemm_skinny_bf16_64x8", 1, 8, [2, 11], 110),
+    skinny(c"gemm_skinny_bf16_64x16", 1, 16, [2, 10], 115),
+    skinny(c"gemm_skinny_bf16_64x32", 1, 32, [2, 8], 150),
+    skinny(c"gemm_skinny_bf16_64x64", 1, 64, [2, 6], 175),
+    skinny(c"gemm_skinny_bf16_64x96", 1, 96, [1, 10], 215),
+    skinny(c"gemm_skinny_bf16_64x128", 1, 128, [1, 8], 247),
+    skinny(c"gemm_skinny_bf16_64x160", 1, 160, [1, 7], 262),
+    skinny(c"gemm_skinny_bf16_64x192", 1, 192, [1, 6], 285),
+    skinny(c"gemm_skinny_bf16_64x256", 1, 256, [1, 5], 358),
+    skinny(c"gemm_skinny_bf16_128x128", 2, 128, [1, 6], 362),
+    skinny(c"gemm_skinny_bf16_128x144", 2, 144, [1, 6], 400),
+    skinny(c"gemm_skinny_bf16_128x160", 2, 160, [1, 5], 440),
+    skinny(c"gemm_skinny_bf16_128x192", 2, 192, [1, 5], 540),
+    wide(c"gemm_bf16_128x192", 192, 5, 552),
+    wide(c"gemm_bf16_128x224", 224, 4, 625),
+    wide(c"gemm_bf16_128x256", 256, 4, 715),
 ];
 
 impl Tile {
@@ -84,24 +103,41 @@ impl Tile {
         128 * self.warpgroups + if trades_registers { 128 } else { 32 }
     }
 
-    /// The box of the output that a warpgroup stores at once: tokens, outputs.
-    fn out_box(&self) -> [u32; 2] {
+    /// The box of the output that a warpgroup stores at once: tokens, outputs. With gates there are half as
+    /// many outputs.
+    fn out_box(&self, gated: bool) -> [u32; 2] {
+        let outputs = self.bn / if gated { 2 } else { 1 };
         match self.weights {
-            Side::A => [self.bn, 64],
-            Side::B if self.bn.is_multiple_of(64) => [64, 64],
-            Side::B => [64, 32],
+            Side::A => [self.box_tokens(), if gated { 32 } else { 64 }],
+            Side::B if outputs.is_multiple_of(64) => [64, 64],
+            Side::B if outputs.is_multiple_of(32) => [64, 32],
+            Side::B => [64, 16],
+        }
+    }
+
+    /// All of a few tokens, otherwise a half or a quarter of them.
+    fn box_tokens(&self) -> u32 {
+        match self.bn {
+            ..=64 => self.bn,
+            bn if bn <= 128 || !bn.is_multiple_of(32) => bn / 2,
+            bn => bn / 4,
         }
     }
 
     fn shared_bytes(&self) -> u32 {
         let stage = self.slices * (self.bm() + self.bn) * 2 * SLICE as u32;
-        let boxes = match self.weights {
-            Side::A => 1,
-            Side::B => 2,
-        };
-        let [tokens, outputs] = self.out_box();
+        let [tokens, outputs] = self.out_box(false);
         let barriers = 2 * 8 * self.stages;
-        self.stages * stage + self.warpgroups * boxes * 2 * tokens * outputs + barriers
+        let bytes = |boxes| {
+            let boxes = self.warpgroups * boxes * 2 * tokens * outputs;
+            self.stages * stage + boxes + barriers
+        };
+        // Two boxes where there is room for them, unless one holds all.
+        match self.weights {
+            Side::A if tokens == self.bn => bytes(1),
+            _ if bytes(2) > SHARED_BYTES => bytes(1),
+            _ => bytes(2),
+        }
     }
 
     /// Clusters of blocks that have something to do.
@@ -113,21 +149,25 @@ impl Tile {
         a.div_ceil((self.bm() * self.cluster) as usize) * b.div_ceil(self.bn as usize)
     }
 
-    /// Cycles for 64 k of all tiles.
+    /// Nanoseconds for 64 k of all tiles, if memory does not limit them.
     fn cost(&self, tokens: usize, outputs: usize, sms: u32) -> usize {
         let at_once = (sms / self.cluster).max(1) as usize;
-        self.tiles(tokens, outputs).div_ceil(at_once) * self.cycles
+        self.tiles(tokens, outputs).div_ceil(at_once) * self.nanoseconds
     }
 
     /// Up to 64 tokens the weights' way from memory is what takes long, and the narrowest tile with
-    /// room for all tokens is best. Above, the tile that leaves the fewest tensor cores idle.
-    fn choose(tokens: usize, outputs: usize, sms: u32) -> &'static Tile {
-        if let Some(tile) = FEW[..4].iter().find(|tile| tokens <= tile.bn as usize) {
+    /// room for all tokens is best. Above, the one that is fastest if each SM computes as many.
+    fn choose(tokens: usize, outputs: usize, sms: u32) -> usize {
+        let mut few = TILES[..FEW].iter();
+        if let Some(tile) = few.position(|tile| tokens <= tile.bn as usize) {
             return tile;
         }
-        let tiles = MANY.iter().chain(&FEW[4..]);
-        let costs = tiles.min_by_key(|tile| tile.cost(tokens, outputs, sms));
-        costs.expect("there are tiles for many tokens")
+        let many = match tokens {
+            ..=SHARED_TOKENS => FEW - 1..TILES.len(),
+            _ => SHARED..TILES.len(),
+        };
+        let best = many.min_by_key(|&tile| TILES[tile].cost(tokens, outputs, sms));
+        best.expect("there are tiles for many tokens")
     }
 }
 
@@ -145,7 +185,8 @@ struct Args {
     k: u32,
     group: u32,
     stride: u32,
-    padding: [u32; 7],
+    gate: u32,
+    padding: [u32; 6],
 }
 
 // SAFETY: numbers without gaps between them; the kernel declares the same.
@@ -153,11 +194,14 @@ unsafe impl Plain for Args {}
 
 /// The product on Hopper (compute capability 9.0).
 pub struct GemmHopper {
-    few: Vec<Kernel>,
-    many: Vec<Kernel>,
+    /// One for each of [`TILES`].
+    kernels: Vec<Kernel>,
 }
 
 impl GemmHopper {
+    /// How many tiles there are.
+    pub(crate) const TILES: usize = 16;
+
     /// Whether the GPU has what the kernels need.
     pub fn fits(device: &Device) -> bool {
         device.capability() == (9, 0)
@@ -168,11 +212,18 @@ impl GemmHopper {
     /// # Errors
     /// When the GPU can't run them.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
-        let few = Module::load(device, &image!("gemm_skinny_bf16_sm90a"))?;
-        let many = Module::load(device, &image!("gemm_bf16_sm90a"))?;
+        let skinny = Module::load(device, &image!("gemm_skinny_bf16_sm90a"))?;
+        let wide = Module::load(device, &image!("gemm_bf16_sm90a"))?;
+        let kernels = TILES.iter().map(|tile| {
+            let kernel = match tile.weights {
+                Side::A => skinny.kernel(tile.entry)?,
+                Side::B => wide.kernel(tile.entry)?,
+            };
+            kernel.allow_shared_bytes(tile.shared_bytes())?;
+            Ok(kernel)
+        });
         Ok(Self {
-            few: kernels(&few, &FEW)?,
-            many: kernels(&many, &MANY)?,
+            kernels: kernels.collect::<Result<_, CudaError>>()?,
         })
     }
 
@@ -189,8 +240,21 @@ impl GemmHopper {
     /// If `inputs`, or `outputs` of a bfloat16 result, is not a multiple of 8, or a buffer is too
     /// small.
     pub unsafe fn launch(&self, stream: &Stream, product: &Product) -> Result<(), CudaError> {
+        let (tokens, outputs) = (product.tokens, product.outputs);
+        let tile = Tile::choose(tokens, outputs, stream.sms());
+        // SAFETY: the caller vouches for it.
+        unsafe { self.launch_with(tile, stream, product) }
+    }
+
+    /// With one of the tiles, for tests and measurements. The rest as [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_with(
+        &self,
+        tile: usize,
+        stream: &Stream,
+        product: &Product,
+    ) -> Result<(), CudaError> {
         product.check();
-        let tile = Tile::choose(product.tokens, product.outputs, stream.sms());
+        let (tile, kernel) = (&TILES[tile], &self.kernels[tile]);
         let args = Self::args(tile, product)?;
         let clusters = tile.tiles(product.tokens, product.outputs);
         let clusters = clusters.min((stream.sms() / tile.cluster).max(1) as usize) as u32;
@@ -201,60 +265,79 @@ impl GemmHopper {
         }
         // SAFETY: the struct is the kernel's, the lengths were checked, the caller vouches for the
         // rest.
-        unsafe { self.kernel(tile).launch(stream, shape, &(args,)) }
+        unsafe { kernel.launch(stream, shape, &(args,)) }
     }
 
-    fn kernel(&self, tile: &Tile) -> &Kernel {
-        let (tiles, kernels) = match tile.weights {
-            Side::A => (&FEW[..], &self.few),
-            Side::B => (&MANY[..], &self.many),
-        };
-        let at = tiles.iter().position(|other| other.entry == tile.entry);
-        &kernels[at.expect("tiles are chosen from these tables")]
+    /// The tile's name; how much longer it should take than the one that would be chosen.
+    pub(crate) fn tile(tile: usize, product: &Product, sms: u32) -> (&'static str, f64) {
+        let (tokens, outputs) = (product.tokens, product.outputs);
+        let cost = |tile: usize| TILES[tile].cost(tokens, outputs, sms) as f64;
+        let name = TILES[tile].entry.to_str().expect("a C identifier");
+        (name, cost(tile) / cost(Tile::choose(tokens, outputs, sms)))
     }
 
     fn args(tile: &Tile, product: &Product) -> Result<Args, CudaError> {
-        let mut a = (product.x, product.tokens);
-        let mut b = (product.weights, product.outputs);
-        if tile.weights == Side::A {
-            std::mem::swap(&mut a, &mut b);
-        }
-        let operand = |(matrix, rows), box_rows| {
-            let shape = [rows, product.inputs];
-            TensorMap::new(matrix, shape, product.inputs, [box_rows, SLICE as u32])
+        let gate = product.gate;
+        let tokens = |box_rows| {
+            let shape = [product.tokens, product.inputs];
+            TensorMap::new(product.x, shape, product.inputs, [box_rows, SLICE as u32])
+        };
+        let weights = |box_rows| {
+            let shape = [product.outputs, product.inputs];
+            match gate {
+                Some(_) => TensorMap::gates(product.weights, shape, box_rows),
+                None => TensorMap::new(
+                    product.weights,
+                    shape,
+                    product.inputs,
+                    [box_rows, SLICE as u32],
+                ),
+            }
+        };
+        let few = |rows: u32, of: usize| of.min(rows as usize) as u32;
+        let (rows_a, rows_b) = match tile.weights {
+            Side::A => (product.outputs, product.tokens),
+            Side::B => (product.tokens, product.outputs),
+        };
+        // Rows out of range are not read, but the parts of a cluster's blocks stay whole.
+        let box_a = few(tile.bm(), rows_a);
+        let box_b = match tile.cluster {
+            1 => few(tile.bn, rows_b),
+            blocks => tile.bn / blocks,
+        };
+        let (a, b) = match tile.weights {
+            Side::A => (weights(box_a)?, tokens(box_b)?),
+            Side::B => (tokens(box_a)?, weights(box_b)?),
         };
         let (out, out_f32) = match product.out {
             Output::Bf16(out) => {
-                let shape = [product.tokens, product.outputs];
-                let out = TensorMap::new(out, shape, product.stride, tile.out_box())?;
+                let shape = [product.tokens, product.width()];
+                let out_box = tile.out_box(gate.is_some());
+                let out = TensorMap::new(out, shape, product.stride, out_box)?;
                 (out, Slice::null())
             }
             Output::F32(out) => (TensorMap::UNUSED, out),
         };
         Ok(Args {
-            a: operand(a, tile.bm())?,
-            b: operand(b, tile.bn / tile.cluster)?,
+            a,
+            b,
             out,
             out_f32: out_f32.address(),
             bias: product.bias.map_or(0, |bias| bias.address()),
-            rows_a: a.1 as u32,
-            rows_b: b.1 as u32,
+            rows_a: rows_a as u32,
+            rows_b: rows_b as u32,
             k: product.inputs as u32,
             // With few tokens, the blocks that read the same weights are neighbours in time.
             group: if tile.weights == Side::A { 1 } else { GROUP },
             stride: product.stride as u32,
-            padding: [0; 7],
+            gate: match gate {
+                None => 0,
+                Some(Activation::Silu) => 1,
+                Some(Activation::GeluTanh) => 2,
+            },
+            padding: [0; 6],
         })
     }
-}
-
-fn kernels(module: &Module, tiles: &[Tile]) -> Result<Vec<Kernel>, CudaError> {
-    let load = |tile: &Tile| {
-        let kernel = module.kernel(tile.entry)?;
-        kernel.allow_shared_bytes(tile.shared_bytes())?;
-        Ok(kernel)
-    };
-    tiles.iter().map(load).collect()
 }
 
 #[cfg(test)]
@@ -262,32 +345,37 @@ mod tests {
     use super::*;
 
     fn chosen(tokens: usize, outputs: usize) -> &'static str {
-        let entry = Tile::choose(tokens, outputs, 132).entry.to_str();
+        let tile = Tile::choose(tokens, outputs, 132);
+        let entry = TILES[tile].entry.to_str();
         entry.expect("a C identifier").trim_start_matches("gemm_")
     }
 
     /// The fastest in measurements on the H100 (kernels/README.md).
     #[test]
     fn the_fastest_tile_is_chosen() {
-        assert_eq!(chosen(1, 4096), "skinny_bf16_8");
-        assert_eq!(chosen(9, 28672), "skinny_bf16_16");
-        assert_eq!(chosen(64, 128_256), "skinny_bf16_64");
-        assert_eq!(chosen(128, 28672), "skinny_bf16_128");
-        assert_eq!(chosen(256, 4096), "skinny_bf16_128");
-        assert_eq!(chosen(256, 6144), "bf16_128x128");
+        assert_eq!(chosen(1, 4096), "skinny_bf16_64x8");
+        assert_eq!(chosen(9, 28672), "skinny_bf16_64x16");
+        assert_eq!(chosen(64, 128_256), "skinny_bf16_64x64");
+        assert_eq!(chosen(72, 6144), "skinny_bf16_64x96");
+        assert_eq!(chosen(128, 6144), "skinny_bf16_64x128");
+        assert_eq!(chosen(128, 28672), "skinny_bf16_128x128");
+        assert_eq!(chosen(256, 4096), "skinny_bf16_64x128");
         assert_eq!(chosen(256, 28672), "bf16_128x224");
+        assert_eq!(chosen(320, 4096), "skinny_bf16_64x160");
+        assert_eq!(chosen(512, 4096), "skinny_bf16_64x256");
         assert_eq!(chosen(512, 6144), "bf16_128x192");
         assert_eq!(chosen(512, 28672), "bf16_128x224");
-        assert_eq!(chosen(1024, 6144), "bf16_128x192");
-        assert_eq!(chosen(2048, 6144), "bf16_128x256");
-        assert_eq!(chosen(4096, 28672), "bf16_128x256");
+        assert_eq!(chosen(520, 4096), "skinny_bf16_128x144");
+        assert_eq!(chosen(640, 28672), "skinny_bf16_128x160");
+        assert_eq!(chosen(768, 4096), "skinny_bf16_128x192");
         assert_eq!(chosen(4096, 4096), "bf16_128x256");
+        assert_eq!(chosen(8192, 28672), "bf16_128x256");
     }
 
     #[test]
     fn every_tile_fits_into_an_sm() {
-        for tile in FEW.iter().chain(&MANY) {
-            assert!(tile.shared_bytes() <= 227 * 1024, "{tile:?}");
+        for tile in &TILES {
+            assert!(tile.shared_bytes() <= SHARED_BYTES, "{tile:?}");
         }
     }
 }

@@ -9,6 +9,7 @@
 mod act_mul;
 mod add_rms_norm;
 mod attention;
+mod attention_work;
 mod copy_blocks;
 mod embed;
 mod gemm;
@@ -23,9 +24,8 @@ mod step_io;
 
 pub use act_mul::ActMul;
 pub use add_rms_norm::AddRmsNorm;
-pub use attention::{
-    Attention, AttentionModel, AttentionStep, DecodeScratch, Path, Sequence, Work,
-};
+pub use attention::{Attention, AttentionModel, AttentionStep, DecodeScratch, Path};
+pub use attention_work::{ALL_BLOCKS, DecodeWork, Sequence, Sharer, Tiling, Work};
 pub use copy_blocks::CopyBlocks;
 pub use embed::{Embed, LAST};
 pub use gemm::{GemmPortable, Output, Product};
@@ -36,7 +36,7 @@ pub use packed_sm90a::PackedHopper;
 pub use rope::{NOWHERE, QkNormRopeAppend, Rope};
 pub use sample::{
     Chosen, Edit, MAX_EDITS, MAX_TOP, MAX_VOCAB, NONE, Sample, SampleTile, SlotMemory, SlotParams,
-    Top, Want,
+    Top, Want, counts_stride,
 };
 pub use scatter::Scatter;
 pub use step_io::{Delivery, Done, FAILED_AT, MASKS_AT, RING, StepIo, Turn};

@@ -25,6 +25,11 @@ pub const MAX_VOCAB: usize = 500_000;
 
 const THREADS: u32 = 1024;
 
+/// From a slot's counts to the next one's: as in sampling.cuh.
+pub fn counts_stride(vocab: usize) -> usize {
+    vocab.next_multiple_of(4)
+}
+
 /// How a slot's sequence samples; `SlotParams` of sampling.cuh.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -183,7 +188,7 @@ pub struct SlotMemory {
     pub params: Slice<SlotParams>,
     /// [`MAX_EDITS`] per slot: biases, then bans.
     pub edits: Slice<Edit>,
-    /// `[slots, vocab]`: 0 for tokens never seen, else 1 + how often the token was sampled.
+    /// `[slots, counts_stride(vocab)]`: 0 for tokens never seen, else 1 + how often the token was sampled.
     pub counts: Slice<u16>,
     /// Tokens sampled so far, one per slot.
     pub generated: Slice<u32>,
@@ -255,7 +260,7 @@ impl Sample {
         assert!(tile.logits.len() >= n * tile.stride);
         assert!(tile.chosen.len() == 2 * n && tile.tops.len() == 2 * n * MAX_TOP);
         assert!(slots.edits.len() >= slots.params.len() * MAX_EDITS);
-        assert!(slots.counts.len() >= slots.params.len() * vocab);
+        assert!(slots.counts.len() >= slots.params.len() * counts_stride(vocab));
         if n == 0 {
             return Ok(());
         }

@@ -1,22 +1,26 @@
-use std::cell::Cell;
+mod small;
+
 use std::ops::Range;
 use std::thread;
 
 use half::bf16;
+use spate_types::BlockId;
 
 use super::kv::Row;
 use super::lab::{Lab, Report, distance};
 use crate::CudaError;
 use crate::driver::{Device, Slice};
 use crate::kernels::{
-    Attention, AttentionModel, AttentionStep, DecodeScratch, KvDtype, KvShape, Path, Sequence,
-    UnpackBlocks,
+    ALL_BLOCKS, Attention, AttentionModel, AttentionStep, DecodeScratch, DecodeWork, Embed,
+    KvDtype, KvShape, Path, Sequence, UnpackBlocks,
 };
+
+pub(super) use small::small;
 
 /// Weights and outputs rounded to bfloat16.
 const LIMIT: f64 = 6e-3;
 
-const DTYPES: [(KvDtype, &str); 3] = [
+pub(super) const DTYPES: [(KvDtype, &str); 3] = [
     (KvDtype::Bf16, ""),
     (KvDtype::Int8, " int8"),
     (KvDtype::Fp8, " fp8"),
@@ -26,14 +30,19 @@ const BEHIND: usize = 64;
 /// Lengths that a case's sequences stay below: of one split of positions, of a few, of many.
 const LONGEST: [usize; 6] = [40, 200, 200, 700, 1400, 2200];
 
-/// Single tokens of a decode step.
+/// Sequences that share blocks: how many at most, and how long.
+const SHARERS: usize = 10;
+const LONGEST_SHARED: usize = 3300;
+
+/// Single tokens of a decode step; of one whose sequences share blocks.
 const DECODES: usize = 30;
-const MAX_WORKS: usize = 512;
+const SHARED_DECODES: usize = 60;
+const MAX_WORKS: usize = 1024;
 
 const LAYERS: usize = 2;
 const LAYER: usize = 1;
 
-fn paths(device: &Device) -> Vec<(Path, &'static str)> {
+pub(super) fn paths(device: &Device) -> Vec<(Path, &'static str)> {
     let mut paths = vec![(Path::Portable, "mma.sync")];
     if Path::best(device) == Path::Hopper {
         paths.push((Path::Hopper, "wgmma"));
@@ -53,6 +62,12 @@ pub(super) fn attention<const HEAD_DIM: u32>(lab: &mut Lab) -> Result<Vec<Report
                 lab.clear()?;
                 check(lab, *path, &case, &expected, found)?;
             }
+        }
+        let count = 2 + lab.below(SHARERS - 1);
+        let shared = Case::sharing(lab, dtype, HEAD_DIM, count, LONGEST_SHARED);
+        for ((path, _), found) in paths.iter().zip(&mut found) {
+            lab.clear()?;
+            check_sharing(lab, *path, &shared, found)?;
         }
         for ((_, name), found) in paths.iter().zip(&found) {
             let name = |what: &str| format!("attention {HEAD_DIM}{dtype_name} ({name}), {what}");
@@ -83,6 +98,8 @@ struct Case {
     window: Option<u32>,
     lengths: Vec<u32>,
     tables: Vec<Vec<u32>>,
+    /// Of each sequence, another one before it and how many of its first positions are that one's.
+    prefixes: Vec<(usize, u32)>,
 }
 
 #[derive(Clone, Copy)]
@@ -94,31 +111,69 @@ enum What {
 
 impl Case {
     fn random(lab: &mut Lab, dtype: KvDtype, head_dim: u32, longest: usize) -> Self {
+        let count = 1 + lab.below(3);
+        let case = Self::sharing(lab, dtype, head_dim, count, longest);
+        Self {
+            window: (lab.below(2) == 0).then(|| 1 + lab.below(longest) as u32),
+            ..case
+        }
+    }
+
+    /// Sequences of which many share their first blocks with others.
+    fn sharing(lab: &mut Lab, dtype: KvDtype, head_dim: u32, count: usize, longest: usize) -> Self {
         let kv_heads = lab.pick(&[1, 2, 3]);
         let block_size = lab.pick(&[16, 16, 32, 48, 64, 128, 256]);
-        let count = 1 + lab.below(3);
         let lengths: Vec<u32> = (0..count).map(|_| 1 + lab.below(longest) as u32).collect();
-        let blocks: u32 = lengths.iter().map(|n| n.div_ceil(block_size)).sum();
-        // Some blocks are nobody's.
-        let mut free: Vec<u32> = (0..blocks + 3).collect();
-        let tables = lengths.iter().map(|n| {
-            let mut take = || free.swap_remove(lab.below(free.len()));
-            (0..n.div_ceil(block_size)).map(|_| take()).collect()
+        let prefixes = (0..count).map(|i| {
+            let (of, alone) = (lab.below(i), i == 0 || lab.below(4) == 0);
+            let blocks = lengths[i].min(lengths[of]) / block_size;
+            // Often all they can.
+            let shared = (lab.below(2 * blocks as usize + 1) as u32).min(blocks);
+            (of, if alone { 0 } else { shared * block_size })
         });
-        let tables = tables.collect();
-        let shape = KvShape::new(dtype, blocks + 3, kv_heads, block_size, head_dim);
+        let prefixes = prefixes.collect();
+        let group = lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]);
+        let shape = KvShape::new(dtype, 0, kv_heads, block_size, head_dim);
+        let mut case = Self::new(lab, shape, group, lengths, prefixes);
+        case.model.softcap = (lab.below(4) == 0).then_some(20.0);
+        case
+    }
+
+    /// Sequences of these lengths and [prefixes](Self::prefixes); `group` query heads per key/value head of `shape`.
+    fn new(
+        lab: &mut Lab,
+        shape: KvShape,
+        group: u32,
+        lengths: Vec<u32>,
+        prefixes: Vec<(usize, u32)>,
+    ) -> Self {
+        let in_blocks = |n: &u32| n.div_ceil(shape.block_size);
+        // Some blocks are nobody's.
+        let blocks = lengths.iter().map(in_blocks).sum::<u32>() + 3;
+        let mut free: Vec<u32> = (0..blocks).collect();
+        let mut tables: Vec<Vec<u32>> = Vec::new();
+        for (length, (of, shared)) in lengths.iter().zip(&prefixes) {
+            let shared = (shared / shape.block_size) as usize;
+            let mut table = tables.get(*of).map_or(Vec::new(), |t| t[..shared].to_vec());
+            while table.len() < in_blocks(length) as usize {
+                table.push(free.swap_remove(lab.below(free.len())));
+            }
+            tables.push(table);
+        }
+        let shape = shape.with(shape.dtype(), blocks);
         Self {
             seed: lab.random(),
             values: shape,
             model: AttentionModel {
-                heads: kv_heads * lab.pick(&[1, 2, 3, 4, 5, 7, 8, 16, 20]),
+                heads: shape.kv_heads * group,
                 shape,
-                scale: (head_dim as f32).powf(-0.5),
-                softcap: (lab.below(4) == 0).then_some(20.0),
+                scale: (shape.head_dim as f32).powf(-0.5),
+                softcap: None,
             },
-            window: (lab.below(2) == 0).then(|| 1 + lab.below(longest) as u32),
+            window: None,
             lengths,
             tables,
+            prefixes,
         }
     }
 
@@ -151,6 +206,10 @@ impl Case {
     }
 
     fn random_vector(&self, what: What, sequence: usize, position: u32, head: u32) -> Vec<bf16> {
+        let mut sequence = sequence;
+        while position < self.prefixes[sequence].1 {
+            sequence = self.prefixes[sequence].0;
+        }
         let mut state = self.seed;
         for part in [what as u64, sequence as u64, position.into(), head.into()] {
             state = mix(state ^ part);
@@ -179,7 +238,7 @@ impl Case {
         } = shape;
         let mut cache = vec![0xff; LAYERS * shape.layer_bytes() + BEHIND];
         for (sequence, length) in self.lengths.iter().enumerate() {
-            for position in 0..*length {
+            for position in self.prefixes[sequence].1..*length {
                 let block = self.tables[sequence][(position / block_size) as usize] as usize;
                 let block = LAYER * shape.layer_bytes() + block * shape.block_bytes();
                 let offset = (position % block_size) as usize;
@@ -328,10 +387,15 @@ struct Chunk {
     tokens: u32,
 }
 
+/// How a step is run.
 #[derive(Clone, Copy)]
-enum Kind {
-    Prefill,
-    Decode,
+enum How {
+    /// Prompts, then single tokens.
+    InTurn,
+    /// The same, and splits are read for each sequence by itself.
+    Unshared,
+    /// Single tokens beside prompts, which so many blocks compute.
+    Beside(u32),
 }
 
 /// A case on the GPU.
@@ -341,6 +405,7 @@ struct Bench<'a> {
     cache: Slice<u8>,
     attention: Attention,
     scratch: DecodeScratch,
+    gather: Embed,
 }
 
 impl<'a> Bench<'a> {
@@ -357,6 +422,7 @@ impl<'a> Bench<'a> {
             cache,
             attention,
             scratch,
+            gather: Embed::load(lab.device())?,
         })
     }
 
@@ -372,12 +438,21 @@ impl<'a> Bench<'a> {
         Attention::load(lab.device(), self.path, model, out)
     }
 
-    /// The outputs of each chunk, `[tokens, width]`.
+    fn prefill(&self, lab: &mut Lab, chunks: &[Chunk]) -> Result<Vec<Vec<bf16>>, CudaError> {
+        self.run(lab, chunks, &[], How::InTurn)
+    }
+
+    fn decode(&self, lab: &mut Lab, tokens: &[Chunk]) -> Result<Vec<Vec<bf16>>, CudaError> {
+        self.run(lab, &[], tokens, How::InTurn)
+    }
+
+    /// The outputs of each prompt chunk and each single token, `[tokens, width]`.
     fn run(
         &self,
         lab: &mut Lab,
-        kind: Kind,
-        chunks: &[Chunk],
+        prompts: &[Chunk],
+        singles: &[Chunk],
+        how: How,
     ) -> Result<Vec<Vec<bf16>>, CudaError> {
         let AttentionModel { heads, shape, .. } = self.case.model;
         let (width, row) = (
@@ -385,7 +460,7 @@ impl<'a> Bench<'a> {
             ((heads + 2 * shape.kv_heads) * shape.head_dim) as usize,
         );
         let (mut qkv, mut sequences, mut tables) = (Vec::new(), Vec::new(), Vec::new());
-        for chunk in chunks {
+        for chunk in prompts.iter().chain(singles) {
             // Before each, a token that is nobody's.
             qkv.resize(qkv.len() + row, bf16::NAN);
             sequences.push(Sequence {
@@ -407,49 +482,106 @@ impl<'a> Bench<'a> {
                 qkv.resize(qkv.len().next_multiple_of(row), bf16::NAN);
             }
         }
-        let (mut work, window) = (Vec::new(), self.case.window);
-        match kind {
-            Kind::Prefill => self.attention.prefill_work(&sequences, window, &mut work),
-            Kind::Decode => self.attention.decode_work(&sequences, window, &mut work),
-        }
-        let mut step = AttentionStep {
-            tables: lab.upload(&tables)?,
-            work: lab.upload(&work)?,
-            works: lab.upload(&[work.len() as u32])?,
-            window,
-        };
-        let mut unpacked = None;
-        if matches!(kind, Kind::Prefill) && shape.is_packed() {
-            unpacked = Some(self.unpacked(lab, step.tables)?);
-            step.tables = lab.upload(&(0..tables.len() as u32).collect::<Vec<_>>())?;
-        }
-        let (prefill, layer) = match &unpacked {
-            Some(unpacked) => (unpacked, 0),
-            None => (&self.attention, LAYER),
-        };
-        let queries = lab.upload(&qkv)?;
-        let out = lab.output::<bf16>(qkv.len() / row * width)?;
-        let (stream, scratch) = (&lab.stream, &self.scratch);
+        let rows: Vec<u32> = (0..(qkv.len() / row) as u32).collect();
+        let (rows, last) = (lab.upload(&rows)?, lab.upload(&[0])?);
+        let (source, queries) = (lab.upload(&qkv)?, lab.output(qkv.len())?.slice);
+        let out = lab.output::<bf16>(rows.len() * width)?;
+        let read = lab.output::<bf16>(rows.len() * width)?;
+
+        let (prompts, singles) = sequences.split_at(prompts.len());
+        let prefill = self.prefill_step(lab, prompts, &tables, how)?;
+        let decode = self.decode_step(lab, singles, &tables, how)?;
+        let (stream, gather) = (&lab.stream, &self.gather);
         // SAFETY: the work is that of the step, whose blocks and tokens exist; the arena is alive.
         unsafe {
-            match kind {
-                Kind::Prefill => {
-                    prefill.prefill(stream, &step, layer, queries, out.slice)?;
+            // Kernels before and after, which may overlap with these as in a step.
+            gather.launch(stream, rows, last, source, 1.0, row, queries)?;
+            match &prefill {
+                (_, step) if step.work.is_empty() => {}
+                (Some(unpacked), step) => {
+                    unpacked.prefill(stream, step, 0, queries, out.slice)?;
                 }
-                Kind::Decode => {
-                    self.attention
-                        .decode(stream, &step, scratch, LAYER, queries, out.slice)?;
+                (None, step) => {
+                    let attention = &self.attention;
+                    attention.prefill(stream, step, LAYER, queries, out.slice)?;
                 }
             }
+            if !singles.is_empty() {
+                let (attention, scratch) = (&self.attention, &self.scratch);
+                attention.decode(stream, &decode, scratch, LAYER, queries, out.slice)?;
+            }
+            gather.launch(stream, rows, last, out.slice, 1.0, width, read.slice)?;
         }
-        let mut out = lab.read(out)?;
+        let (read, mut out) = (lab.read(read)?, lab.read(out)?);
         let rows = |s: &Sequence| s.token as usize * width..(s.token + s.tokens) as usize * width;
-        let outs = sequences.iter().map(|s| out[rows(s)].to_vec()).collect();
+        let outs = sequences.iter().map(|s| read[rows(s)].to_vec()).collect();
         for s in &sequences {
             out[rows(s)].fill(bf16::from_bits(POISONED));
         }
         lab.damaged |= out.iter().any(|x| x.to_bits() != POISONED);
         Ok(outs)
+    }
+
+    /// The step of prompts, and what they read if the cache has codes.
+    fn prefill_step(
+        &self,
+        lab: &mut Lab,
+        prompts: &[Sequence],
+        tables: &[u32],
+        how: How,
+    ) -> Result<(Option<Attention>, AttentionStep), CudaError> {
+        let (mut work, window) = (Vec::new(), self.case.window);
+        self.attention
+            .tiling()
+            .prefill_work(prompts, window, &mut work);
+        let blocks = match how {
+            How::Beside(blocks) => blocks,
+            _ => ALL_BLOCKS,
+        };
+        let mut step = AttentionStep {
+            tables: lab.upload(tables)?,
+            work: lab.upload(&work)?,
+            works: lab.upload(&[work.len() as u32, blocks])?,
+            sharers: Slice::null(),
+            window,
+            beside: false,
+        };
+        let mut unpacked = None;
+        if !prompts.is_empty() && self.case.model.shape.is_packed() {
+            unpacked = Some(self.unpacked(lab, step.tables)?);
+            step.tables = lab.upload(&(0..tables.len() as u32).collect::<Vec<_>>())?;
+        }
+        Ok((unpacked, step))
+    }
+
+    fn decode_step(
+        &self,
+        lab: &mut Lab,
+        singles: &[Sequence],
+        tables: &[u32],
+        how: How,
+    ) -> Result<AttentionStep, CudaError> {
+        let (mut list, window) = (DecodeWork::default(), self.case.window);
+        // Work is planned by these ids.
+        let ids: Vec<BlockId> = match how {
+            How::Unshared => (0..tables.len() as u32).map(BlockId).collect(),
+            _ => tables.iter().copied().map(BlockId).collect(),
+        };
+        let decodes: Vec<_> = singles
+            .iter()
+            .map(|s| (*s, &ids[s.table as usize..]))
+            .collect();
+        self.attention
+            .tiling()
+            .decode_work(&decodes, window, &mut list);
+        Ok(AttentionStep {
+            tables: lab.upload(tables)?,
+            work: lab.upload(&list.work)?,
+            works: lab.upload(&[list.work.len() as u32, ALL_BLOCKS])?,
+            sharers: lab.upload(&list.sharers)?,
+            window,
+            beside: matches!(how, How::Beside(_)),
+        })
     }
 }
 
@@ -472,7 +604,7 @@ fn check(
             tokens: case.lengths[sequence],
         })
         .collect();
-    let together = bench.run(lab, Kind::Prefill, &whole)?;
+    let together = bench.prefill(lab, &whole)?;
     let row =
         |sequence: usize, position: u32| &together[sequence][position as usize * width..][..width];
     for (sequence, expected) in expected.iter().enumerate() {
@@ -493,7 +625,7 @@ fn check(
                 tokens,
                 ..*chunk
             };
-            chunked.extend(bench.run(lab, Kind::Prefill, &[part])?.concat());
+            chunked.extend(bench.prefill(lab, &[part])?.concat());
             position += tokens;
         }
         found
@@ -514,7 +646,7 @@ fn check(
         });
         wanted.push(&expected[sequence][at]);
     }
-    let batched = bench.run(lab, Kind::Decode, &tokens)?;
+    let batched = bench.decode(lab, &tokens)?;
     for ((token, out), wanted) in tokens.iter().zip(&batched).zip(wanted) {
         found.decode.push(distance(out, wanted));
         if path == Path::Hopper {
@@ -525,22 +657,74 @@ fn check(
     if case.model.shape.is_packed() {
         let case = case.twin();
         let twin = Bench::new(lab, path, &case)?;
-        let decoded = twin.run(lab, Kind::Decode, &tokens)?.concat();
-        let prefilled = twin.run(lab, Kind::Prefill, &whole)?.concat();
+        let decoded = twin.decode(lab, &tokens)?.concat();
+        let prefilled = twin.prefill(lab, &whole)?.concat();
         let pairs = [(decoded, batched.concat()), (prefilled, together.concat())];
         let differ = pairs.map(|(twin, packed)| differing(&twin, &packed, width));
         found.differing.extend(differ);
     }
     for (token, batched) in tokens.iter().zip(&batched).take(4) {
-        let alone = bench.run(lab, Kind::Decode, &[*token])?;
+        let alone = bench.decode(lab, &[*token])?;
         found.differing.push(differing(&alone[0], batched, width));
     }
     tokens.reverse();
-    let mut reversed = bench.run(lab, Kind::Decode, &tokens)?;
+    let mut reversed = bench.decode(lab, &tokens)?;
     reversed.reverse();
     found
         .differing
         .push(differing(&reversed.concat(), &batched.concat(), width));
+    Ok(())
+}
+
+/// Of sequences that share blocks: that reading a split once for several, and single tokens beside prompts,
+/// changes no bit.
+fn check_sharing(
+    lab: &mut Lab,
+    path: Path,
+    case: &Case,
+    found: &mut Found,
+) -> Result<(), CudaError> {
+    let width = case.width();
+    let bench = Bench::new(lab, path, case)?;
+    let token = |lab: &mut Lab| {
+        let sequence = lab.below(case.lengths.len());
+        let length = case.lengths[sequence];
+        // The last of a split, or any; mostly the sequence's last.
+        let position = match lab.below(6) {
+            0 => (1 + lab.below(length as usize) as u32).next_multiple_of(1024) - 1,
+            1 => lab.below(length as usize) as u32,
+            _ => length - 1,
+        };
+        Chunk {
+            sequence,
+            position: position.min(length - 1),
+            tokens: 1,
+        }
+    };
+    let tokens: Vec<Chunk> = (0..SHARED_DECODES).map(|_| token(lab)).collect();
+    let shared = bench.decode(lab, &tokens)?.concat();
+    let unshared = bench.run(lab, &[], &tokens, How::Unshared)?.concat();
+    found.differing.push(differing(&shared, &unshared, width));
+
+    let mut prompts = Vec::new();
+    for sequence in 0..case.lengths.len().min(3) {
+        let position = lab.below(case.lengths[sequence] as usize) as u32;
+        let tokens = (case.lengths[sequence] - position).min(300);
+        prompts.push(Chunk {
+            sequence,
+            position,
+            tokens,
+        });
+    }
+    let mut in_turn = bench.prefill(lab, &prompts)?.concat();
+    for some in [&tokens[..], &tokens[..1]] {
+        let blocks = lab.pick(&[1, 7, 66, ALL_BLOCKS]);
+        let beside = bench.run(lab, &prompts, some, How::Beside(blocks))?;
+        in_turn.extend(&shared[..some.len() * width]);
+        let beside = beside.concat();
+        found.differing.push(differing(&beside, &in_turn, width));
+        in_turn.truncate(in_turn.len() - some.len() * width);
+    }
     Ok(())
 }
 
@@ -551,165 +735,4 @@ fn differing(a: &[bf16], b: &[bf16], width: usize) -> f64 {
     let rows = a.chunks(width).zip(b.chunks(width));
     let differ = rows.filter(|(a, b)| bits(a) != bits(b)).count();
     (differ * width) as f64 / a.len() as f64
-}
-
-/// Heads, key/value heads, head size; sequences, tokens in the cache, new tokens.
-type Load = ([u32; 3], [u32; 3]);
-
-const LLAMA: [u32; 3] = [32, 8, 128];
-const PREFILLS: [Load; 8] = [
-    (LLAMA, [1, 0, 8192]),
-    (LLAMA, [1, 6144, 2048]),
-    (LLAMA, [1, 0, 2048]),
-    (LLAMA, [8, 0, 512]),
-    (LLAMA, [16, 0, 64]),
-    ([32, 8, 64], [1, 0, 8192]),
-    ([32, 8, 96], [1, 0, 8192]),
-    ([16, 4, 256], [1, 0, 8192]),
-];
-const DECODINGS: [Load; 10] = [
-    (LLAMA, [1, 127, 1]),
-    (LLAMA, [1, 1023, 1]),
-    (LLAMA, [1, 8191, 1]),
-    (LLAMA, [4, 8191, 1]),
-    (LLAMA, [16, 8191, 1]),
-    (LLAMA, [8, 640, 1]),
-    (LLAMA, [64, 640, 1]),
-    (LLAMA, [256, 640, 1]),
-    ([32, 8, 64], [16, 8191, 1]),
-    ([16, 4, 256], [16, 8191, 1]),
-];
-
-pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    speeds(lab, &PREFILLS, DTYPES[0])
-}
-
-pub(super) fn packed_throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    // What unpacking adds for prompts.
-    let mut reports = speeds(lab, &PREFILLS[..2], DTYPES[1])?;
-    reports.extend(speeds(lab, &PREFILLS[..2], DTYPES[2])?);
-    Ok(reports)
-}
-
-fn speeds(
-    lab: &mut Lab,
-    prefills: &[Load],
-    (dtype, dtype_name): (KvDtype, &str),
-) -> Result<Vec<Report>, CudaError> {
-    let mut reports = Vec::new();
-    for (path, name) in paths(lab.device()) {
-        let name = format!("{dtype_name} ({name})");
-        for load in prefills {
-            reports.push(timed(lab, path, &name, Kind::Prefill, dtype, 16, *load)?);
-        }
-        for load in DECODINGS {
-            reports.push(timed(lab, path, &name, Kind::Decode, dtype, 16, load)?);
-        }
-        for load in [DECODINGS[4], DECODINGS[8]] {
-            let name = format!("{name} blocks of 64");
-            reports.push(timed(lab, path, &name, Kind::Decode, dtype, 64, load)?);
-        }
-    }
-    Ok(reports)
-}
-
-fn timed(
-    lab: &mut Lab,
-    path: Path,
-    name: &str,
-    kind: Kind,
-    dtype: KvDtype,
-    block_size: u32,
-    ([heads, kv_heads, head_dim], [count, past, tokens]): Load,
-) -> Result<Report, CudaError> {
-    /// Several layers in turn: those of the last run are in L2.
-    const COLD: usize = 400 << 20;
-    lab.clear()?;
-    let blocks = (past + tokens).div_ceil(block_size);
-    let shape = KvShape::new(dtype, blocks * count, kv_heads, block_size, head_dim);
-    let layers = COLD.div_ceil(shape.layer_bytes()).min(64);
-    let row = (heads + 2 * kv_heads) * head_dim;
-    let cache = lab.random_bf16s(layers * shape.layer_bytes() / 2)?.cast();
-    let qkv = lab.random_bf16s((count * tokens * row) as usize)?;
-    let out: Slice<bf16> = lab
-        .output((count * tokens * heads * head_dim) as usize)?
-        .slice;
-    let model = AttentionModel {
-        heads,
-        shape,
-        scale: (head_dim as f32).powf(-0.5),
-        softcap: None,
-    };
-    let attention = Attention::load(lab.device(), path, model, cache)?;
-    let mut tables: Vec<u32> = (0..shape.blocks).collect();
-    for i in (1..tables.len()).rev() {
-        tables.swap(i, lab.below(i + 1));
-    }
-    let sequences: Vec<Sequence> = (0..count)
-        .map(|i| Sequence {
-            token: i * tokens,
-            tokens,
-            position: past,
-            table: i * blocks,
-        })
-        .collect();
-    let mut work = Vec::new();
-    match kind {
-        Kind::Prefill => attention.prefill_work(&sequences, None, &mut work),
-        Kind::Decode => attention.decode_work(&sequences, None, &mut work),
-    }
-    let scratch = lab.take(|arena| attention.take_scratch(arena, work.len()))?;
-    // SAFETY: the arena is alive.
-    unsafe { scratch.reset(&lab.stream)? };
-    let step = AttentionStep {
-        tables: lab.upload(&tables)?,
-        work: lab.upload(&work)?,
-        works: lab.upload(&[work.len() as u32])?,
-        window: None,
-    };
-    // Prompts read bfloat16.
-    let unpacked_shape = shape.with(KvDtype::Bf16, shape.blocks);
-    let unpacked = match (kind, dtype) {
-        (Kind::Prefill, KvDtype::Int8 | KvDtype::Fp8) => {
-            let memory = lab.output(unpacked_shape.layer_bytes())?.slice;
-            let model = AttentionModel {
-                shape: unpacked_shape,
-                ..model
-            };
-            let blocks = lab.upload(&(0..shape.blocks).collect::<Vec<_>>())?;
-            let reads = Attention::load(lab.device(), path, model, memory)?;
-            Some((UnpackBlocks::load(lab.device())?, reads, memory, blocks))
-        }
-        _ => None,
-    };
-    let next = Cell::new(0);
-    let time = lab.time(|stream| {
-        let layer = next.replace((next.get() + 1) % layers);
-        // SAFETY: the step describes what is allocated; the arena is alive.
-        unsafe {
-            match (kind, &unpacked) {
-                (Kind::Prefill, Some((kernel, reads, memory, blocks))) => {
-                    kernel.launch(stream, &shape, cache, layer, *blocks, *memory)?;
-                    reads.prefill(stream, &step, 0, qkv, out)
-                }
-                (Kind::Prefill, None) => attention.prefill(stream, &step, layer, qkv, out),
-                (Kind::Decode, _) => attention.decode(stream, &step, &scratch, layer, qkv, out),
-            }
-        }
-    })?;
-    let what = format!("attention {head_dim}{name} {count}x({past}+{tokens})");
-    let mut report = lab.report(&what, &[], 0.0);
-    report.time = Some(time);
-    let (n, past, dim) = (u64::from(tokens), u64::from(past), u64::from(head_dim));
-    match kind {
-        Kind::Prefill => {
-            let pairs = n * past + n * (n + 1) / 2;
-            report.operations = Some(4 * u64::from(count * heads) * pairs * dim);
-        }
-        Kind::Decode => {
-            let rows = 2 * u64::from(count * kv_heads) * (past + 1);
-            report.bytes = Some(rows * shape.row_bytes() as u64);
-        }
-    }
-    Ok(report)
 }

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use half::bf16;
 use spate_model::{Activation, RopePairing};
 
@@ -109,13 +111,17 @@ pub(super) fn add_rms_norm(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     })?;
     report.time = Some(time);
     report.bytes = Some(4 * 2 * (n * width) as u64);
-    // SAFETY: as above.
-    let decode = lab.time(|stream| unsafe {
-        kernel.launch(stream, 16, Some((delta, None)), residual, norm, EPS, out)
-    })?;
-    let mut small = lab.report("add_rms_norm 16 x 4096", &[], LIMIT);
-    small.time = Some(decode);
-    Ok(vec![report, small])
+    let mut reports = vec![report];
+    for n in [16, 64, 256, 512] {
+        // SAFETY: as above.
+        let time = lab.time(|stream| unsafe {
+            kernel.launch(stream, n, Some((delta, None)), residual, norm, EPS, out)
+        })?;
+        let mut small = lab.report(&format!("add_rms_norm {n} x 4096"), &[], LIMIT);
+        small.time = Some(time);
+        reports.push(small);
+    }
+    Ok(reports)
 }
 
 /// Appends x / rms(x) * norm.
@@ -237,7 +243,38 @@ pub(super) fn rope(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
             reports.push(lab.report(&name("keys, values"), &caches, limit));
         }
     }
+    for tokens in [64, 256, 512] {
+        lab.clear()?;
+        let time = time_append(lab, &kernel, tokens)?;
+        let name = format!("rope, append {tokens} x 32/8 x 128");
+        let mut report = lab.report(&name, &[], LIMIT);
+        report.time = Some(time);
+        reports.push(report);
+    }
     Ok(reports)
+}
+
+fn time_append(lab: &mut Lab, kernel: &Rope, tokens: usize) -> Result<Duration, CudaError> {
+    let (heads, kv_heads, dim) = (32, 8, 128);
+    let shape = KvShape::new(KvDtype::Bf16, 64, kv_heads, 16, dim);
+    let model = QkNormRopeAppend {
+        heads,
+        shape,
+        pairing: RopePairing::Halves,
+        pairs: dim / 2,
+        eps: 1e-6,
+    };
+    let places: Vec<u32> = (0..tokens as u32).collect();
+    let places = lab.upload(&places)?;
+    let qkv = lab.bf16s(tokens * ((heads + 2 * kv_heads) * dim) as usize);
+    let qkv = lab.upload(&qkv)?;
+    let rotations = lab.f32s(tokens * dim as usize);
+    let rotations = lab.upload(&rotations)?;
+    let cache = lab.output::<u8>(shape.layer_bytes())?.slice;
+    // SAFETY: places are inside the cache and differ; the arena is alive.
+    lab.time(|stream| unsafe {
+        kernel.append(stream, &model, 0, None, rotations, None, places, qkv, cache)
+    })
 }
 
 /// Errors of queries and of the cache; infinite if the cache changed where it must not.

@@ -1,10 +1,11 @@
 use std::cell::Cell;
 
 use half::bf16;
+use spate_model::Activation;
 
 use super::lab::{Lab, Report};
 use crate::driver::{Priority, Slice, Stream};
-use crate::kernels::{GemmHopper, GemmPortable, Output, Path, Product};
+use crate::kernels::{ActMul, GemmHopper, GemmPortable, Output, Path, Product};
 use crate::{CudaError, Linear};
 
 /// Rounding of the result to bfloat16, and float32 sums of thousands of products.
@@ -30,6 +31,9 @@ pub(super) fn linear(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     if GemmHopper::fits(lab.device()) {
         reports.extend(accuracy(lab, "linear (wgmma)", &best)?);
         reports.push(invariance(lab, "linear (wgmma)", &best, &any)?);
+        let hopper = linear.hopper().expect("this is Hopper");
+        reports.push(same_bits_of_tiles(lab, hopper)?);
+        reports.push(gates(lab, hopper, &any, 4, 1000)?);
     }
     Ok(reports)
 }
@@ -61,7 +65,13 @@ pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
             }
         }
     }
-    Ok(vec![lab.report("small products", &errors, LIMIT_BF16)])
+    let mut reports = vec![lab.report("small products", &errors, LIMIT_BF16)];
+    if let Some(hopper) = linear.hopper() {
+        // SAFETY: as above.
+        let any = |stream: &Stream, product: &Product| unsafe { portable.launch(stream, product) };
+        reports.push(gates(lab, hopper, &any, 1, 30)?);
+    }
+    Ok(reports)
 }
 
 /// A product with everything that it needs.
@@ -87,6 +97,7 @@ impl Case {
                 x: lab.upload(&x)?,
                 weights: lab.upload(&weights)?,
                 fresh_weights: false,
+                gate: None,
                 bias: on_bias,
                 out: Output::F32(Slice::null()),
                 stride: outputs,
@@ -229,51 +240,197 @@ fn invariance(
     Ok(lab.report(&format!("{name}, same bits"), &shares, 0.0))
 }
 
+/// Share of outputs whose bits depend on the tile.
+fn same_bits_of_tiles(lab: &mut Lab, hopper: &GemmHopper) -> Result<Report, CudaError> {
+    let mut shares = Vec::new();
+    for tile in 0..GemmHopper::TILES {
+        lab.clear()?;
+        // Ragged, and more tiles than SMs, so that some blocks compute two.
+        let (tokens, outputs) = (1 + lab.below(700), 8 * (500 + lab.below(700)));
+        let inputs = 8 * (1 + lab.below(150));
+        let case = Case::new(lab, tokens, outputs, inputs)?;
+        let mut run = |tile| {
+            let out = lab.output::<bf16>(case.out_len())?;
+            let product = Product {
+                out: Output::Bf16(out.slice),
+                ..case.product
+            };
+            // SAFETY: the arena is alive; the weights were waited for.
+            unsafe { hopper.launch_with(tile, &lab.stream, &product)? };
+            lab.read(out)
+        };
+        shares.push(differing(
+            &run(tile)?,
+            &run((tile + 1) % GemmHopper::TILES)?,
+        ));
+    }
+    Ok(lab.report("linear (wgmma), same bits of tiles", &shares, 0.0))
+}
+
+/// Share of outputs of products with gates whose bits are not those of two kernels.
+fn gates(
+    lab: &mut Lab,
+    hopper: &GemmHopper,
+    any: Launch,
+    rounds: usize,
+    most: usize,
+) -> Result<Report, CudaError> {
+    let act_mul = ActMul::load(lab.device())?;
+    let mut shares = Vec::new();
+    for case in 0..rounds * GemmHopper::TILES {
+        let tile = case % GemmHopper::TILES;
+        lab.clear()?;
+        let width = 8 * (1 + lab.below([most / 10, most][case % 2]));
+        let tokens = 1 + lab.below([70, 300, 700][case % 3]);
+        let inputs = 8 * (1 + lab.below(60));
+        let activation = lab.pick(&[Activation::Silu, Activation::GeluTanh]);
+        let case = Case::new(lab, tokens, 2 * width, inputs)?;
+        let gate_up = lab.output::<bf16>(tokens * 2 * width)?;
+        let want = lab.output::<bf16>(tokens * width)?;
+        let stride = width + 8 * lab.below(3);
+        let got = lab.output::<bf16>((tokens - 1) * stride + width)?;
+        let product = Product {
+            out: Output::Bf16(gate_up.slice),
+            ..case.product
+        };
+        any(&lab.stream, &product)?;
+        let fused = Product {
+            gate: Some(activation),
+            out: Output::Bf16(got.slice),
+            stride,
+            ..case.product
+        };
+        // SAFETY: the arena is alive; the weights were waited for.
+        unsafe {
+            let (stream, from, to) = (&lab.stream, gate_up.slice, want.slice);
+            act_mul.launch(stream, activation, tokens, width, from, to)?;
+            hopper.launch_with(tile, stream, &fused)?;
+        }
+        let (got, want) = (lab.read(got)?, lab.read(want)?);
+        let gaps = got.chunks(stride).flat_map(|row| &row[width..]);
+        let clean = gaps.into_iter().all(|x| x.to_bits() == u16::MAX);
+        let rows = got.chunks(stride).flat_map(|row| &row[..width]);
+        let rows: Vec<bf16> = rows.copied().collect();
+        shares.push(if clean { differing(&rows, &want) } else { 1.0 });
+    }
+    Ok(lab.report("linear with gates, same bits", &shares, 0.0))
+}
+
+/// Share of numbers that are not the same bits, or not finite.
+fn differing(a: &[bf16], b: &[bf16]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().zip(b);
+    let differ = pairs.filter(|(a, b)| a.to_bits() != b.to_bits() || !a.is_finite());
+    differ.count() as f64 / a.len() as f64
+}
+
+/// Matrices of an 8B model: outputs, inputs.
+const SHAPES: [(&str, usize, usize); 5] = [
+    ("qkv", 6144, 4096),
+    ("o", 4096, 4096),
+    ("gate_up", 28672, 4096),
+    ("down", 4096, 14336),
+    ("lm_head", 128_256, 4096),
+];
+
+/// The time of every tile that comes into question, gates of gate_up applied.
+pub(super) fn tiles(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    const TOKENS: [usize; 14] = [
+        72, 96, 128, 192, 256, 320, 384, 512, 520, 576, 640, 768, 1024, 2048,
+    ];
+    let mut reports = Vec::new();
+    let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
+    let Some(hopper) = linear.hopper() else {
+        return Ok(reports);
+    };
+    let sms = lab.device().sms();
+    for (name, outputs, inputs) in &SHAPES[..4] {
+        let mut cold = Cold::new(lab, *outputs, *inputs, TOKENS[TOKENS.len() - 1])?;
+        cold.product.gate = (*name == "gate_up").then_some(Activation::Silu);
+        cold.product.stride = cold.product.width();
+        for tokens in TOKENS {
+            cold.product.tokens = tokens;
+            for tile in 0..GemmHopper::TILES {
+                let (entry, expected) = GemmHopper::tile(tile, &cold.product, sms);
+                if expected > 1.3 {
+                    continue;
+                }
+                // SAFETY: the arena is alive; the weights were waited for.
+                let time =
+                    lab.time(|stream| unsafe { hopper.launch_with(tile, stream, &cold.next()) })?;
+                let mut report = lab.report(&format!("tile {name} x {tokens} {entry}"), &[], 0.0);
+                report.time = Some(time);
+                reports.push(report);
+            }
+        }
+    }
+    Ok(reports)
+}
+
+/// A product whose weights are others every time: those of the last are in L2.
+struct Cold {
+    product: Product,
+    weights: Slice<bf16>,
+    next: Cell<usize>,
+}
+
+impl Cold {
+    /// With room for so many tokens.
+    fn new(lab: &mut Lab, outputs: usize, inputs: usize, most: usize) -> Result<Self, CudaError> {
+        const BYTES: usize = 400 << 20;
+        lab.clear()?;
+        let len = outputs * inputs;
+        let weights = lab.random_bf16s((BYTES / (2 * len) + 1) * len)?;
+        let product = Product {
+            tokens: most,
+            outputs,
+            inputs,
+            x: lab.random_bf16s(most * inputs)?,
+            weights: Slice::null(),
+            fresh_weights: false,
+            gate: None,
+            bias: None,
+            out: Output::Bf16(lab.output::<bf16>(most * outputs)?.slice),
+            stride: outputs,
+        };
+        Ok(Self {
+            product,
+            weights,
+            next: Cell::new(0),
+        })
+    }
+
+    fn next(&self) -> Product {
+        let len = self.product.outputs * self.product.inputs;
+        let copies = self.weights.len() / len;
+        let at = self.next.replace((self.next.get() + 1) % copies) * len;
+        Product {
+            weights: self.weights.range(at..at + len),
+            ..self.product
+        }
+    }
+}
+
 /// Speed on the shapes of an 8B model, every run with other weights: those of the last are in L2.
 pub(super) fn throughput(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
-    const COLD: usize = 400 << 20;
-    const SHAPES: [(&str, usize, usize); 5] = [
-        ("qkv", 6144, 4096),
-        ("o", 4096, 4096),
-        ("gate_up", 28672, 4096),
-        ("down", 4096, 14336),
-        ("lm_head", 128_256, 4096),
+    const TOKENS: [usize; 17] = [
+        1, 16, 64, 72, 96, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 2048, 8192,
     ];
-    const TOKENS: [usize; 7] = [1, 16, 64, 256, 512, 2048, 4096];
     let linear = Linear::load(lab.device(), Path::best(lab.device()))?;
     let mut reports = Vec::new();
     for (name, outputs, inputs) in SHAPES {
-        lab.clear()?;
-        let len = outputs * inputs;
-        let copies = COLD / (2 * len) + 1;
-        let weights = lab.random_bf16s(copies * len)?;
         // The head is used for few positions only.
-        let most = if name == "lm_head" { 256 } else { 4096 };
-        let x = lab.random_bf16s(most * inputs)?;
-        let out = lab.output::<bf16>(most * outputs)?.slice;
+        let most = if name == "lm_head" { 256 } else { 8192 };
+        let mut cold = Cold::new(lab, outputs, inputs, most)?;
         for tokens in TOKENS.into_iter().filter(|&tokens| tokens <= most) {
-            let next = Cell::new(0);
-            let time = lab.time(|stream| {
-                let at = next.replace((next.get() + 1) % copies) * len;
-                let product = Product {
-                    tokens,
-                    outputs,
-                    inputs,
-                    x,
-                    weights: weights.range(at..at + len),
-                    fresh_weights: false,
-                    bias: None,
-                    out: Output::Bf16(out),
-                    stride: outputs,
-                };
-                // SAFETY: the arena is alive; the weights were waited for.
-                unsafe { linear.launch(stream, &product) }
-            })?;
+            cold.product.tokens = tokens;
+            // SAFETY: the arena is alive; the weights were waited for.
+            let time = lab.time(|stream| unsafe { linear.launch(stream, &cold.next()) })?;
             let mut report = lab.report(&format!("linear {name} x {tokens}"), &[], 0.0);
             report.time = Some(time);
             match tokens {
-                ..=64 => report.bytes = Some(2 * len as u64),
-                _ => report.operations = Some(2 * (tokens * len) as u64),
+                ..=64 => report.bytes = Some(2 * (outputs * inputs) as u64),
+                _ => report.operations = Some(2 * (tokens * outputs * inputs) as u64),
             }
             reports.push(report);
         }

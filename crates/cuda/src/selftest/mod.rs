@@ -5,6 +5,7 @@
 //! too, to learn whether their machine computes right.
 
 mod attention;
+mod attention_speed;
 mod elementwise;
 mod kv;
 mod lab;
@@ -35,10 +36,16 @@ const CHECKS: &[(&str, Check)] = &[
     ("attention 96", attention::attention::<96>),
     ("attention 128", attention::attention::<128>),
     ("attention 256", attention::attention::<256>),
+    ("small attention 64", attention::small::<64>),
+    ("small attention 96", attention::small::<96>),
+    ("small attention 128", attention::small::<128>),
+    ("small attention 256", attention::small::<256>),
     ("speed: matrices", linear::throughput),
+    ("speed: tiles", linear::tiles),
     ("speed: quantised", packed::throughput),
-    ("speed: heads", attention::throughput),
-    ("speed: heads, 8-bit KV", attention::packed_throughput),
+    ("speed: heads", attention_speed::throughput),
+    ("speed: heads, 8-bit KV", attention_speed::packed_throughput),
+    ("speed: shared heads", attention_speed::shared_throughput),
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),

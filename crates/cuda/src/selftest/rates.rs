@@ -45,6 +45,7 @@ pub fn rates(device: &Device) -> Result<Rates, CudaError> {
             x: lab.random_bf16s(tokens * inputs)?,
             weights: lab.random_bf16s(outputs * inputs)?,
             fresh_weights: false,
+            gate: None,
             stride: outputs,
             bias: None,
             out: Output::Bf16(lab.output::<bf16>(tokens * outputs)?.slice),

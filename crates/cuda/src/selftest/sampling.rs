@@ -6,6 +6,7 @@ use crate::CudaError;
 use crate::driver::Slice;
 use crate::kernels::{
     Chosen, MAX_EDITS, MAX_TOP, NONE, Sample, SampleTile, SlotMemory, SlotParams, Top, Want,
+    counts_stride,
 };
 
 /// Float32 weights are this far from exact ones; a choice that hangs on less may go either way.
@@ -120,7 +121,7 @@ impl Case {
         let memory = SlotMemory {
             params: lab.upload(&on_params)?,
             edits: lab.upload(&on_edits)?,
-            counts: lab.output(n * vocab)?.slice,
+            counts: lab.output(n * counts_stride(vocab))?.slice,
             generated: lab.output(n)?.slice,
             last: last.slice,
         };
@@ -446,16 +447,19 @@ pub(super) fn speed(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
         ..greedy.clone()
     };
     let mut reports = Vec::new();
-    for (name, params) in [
-        ("greedy", greedy),
-        ("all", drawn),
-        ("top-p", top_p),
-        ("top-k, top-p", top_k),
-        ("penalties", penalties),
-        ("greedy, logprobs", logprobs),
+    // Of likely tokens a language model mostly sees some dozens.
+    for (name, params, likely) in [
+        ("greedy", &greedy, 50),
+        ("all", &drawn, 50),
+        ("top-p", &top_p, 50),
+        ("top-p of a flat row", &top_p, 0),
+        ("top-k, top-p", &top_k, 50),
+        ("top-k, top-p of a flat row", &top_k, 0),
+        ("penalties", &penalties, 50),
+        ("greedy, logprobs", &logprobs, 50),
     ] {
         for n in [1, 256] {
-            let time = time_one(lab, kernel, &params, n)?;
+            let time = time_one(lab, kernel, params, likely, n)?;
             let mut report = lab.report(&format!("sample {name} {n} x 128256"), &[], 0.0);
             report.time = Some(time);
             reports.push(report);
@@ -468,6 +472,7 @@ fn time_one(
     lab: &mut Lab,
     kernel: &Sample,
     params: &SamplingParams,
+    likely: usize,
     n: usize,
 ) -> Result<std::time::Duration, CudaError> {
     const VOCAB: usize = 128_256;
@@ -475,9 +480,11 @@ fn time_one(
     let (slot, mut edits) = SlotParams::new(params, 7)?;
     edits.resize(MAX_EDITS, Default::default());
     let mut row: Vec<f32> = (0..VOCAB).map(|_| 2.0 * lab.normal() as f32).collect();
-    for i in 0..50 {
-        row[i * 777] = 20.0 - i as f32 * 0.2; // a head such as a language model has
+    for i in 0..likely {
+        row[i * 777] = 20.0 - i as f32 * 0.2;
     }
+    // A conversation of a few hundred different tokens.
+    let counts: Vec<u16> = (0..VOCAB).map(|i| u16::from(i % 300 == 0)).collect();
     let wants: Vec<Want> = (0..n as u32)
         .map(|i| Want {
             slot: i,
@@ -491,7 +498,7 @@ fn time_one(
     let memory = SlotMemory {
         params: lab.upload(&vec![slot; n])?,
         edits: lab.upload(&edits.repeat(n))?,
-        counts: lab.upload(&vec![0; n * VOCAB])?,
+        counts: lab.upload(&counts.repeat(n))?,
         generated: lab.upload(&vec![0; n])?,
         last: lab.upload(&vec![0; n])?,
     };

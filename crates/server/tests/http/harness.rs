@@ -59,6 +59,7 @@ impl Default for Options {
             block_size: 16,
             local: None,
             max_batch_tokens: 256,
+            step_tokens: None,
             max_seq_len: MAX_MODEL_LEN,
             vocab_size: VOCAB,
             lanes: vec![Lane::Main],

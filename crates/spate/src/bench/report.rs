@@ -21,16 +21,24 @@ pub(super) struct Summary {
 impl Summary {
     /// `None` without values.
     fn of(values: impl Iterator<Item = Duration>) -> Option<Self> {
-        let mut values: Vec<f64> = values.map(|value| value.as_secs_f64() * 1e3).collect();
-        values.sort_by(f64::total_cmp);
+        Self::of_sorted(&sorted_ms(values))
+    }
+
+    fn of_sorted(values: &[f64]) -> Option<Self> {
         Some(Self {
             max: *values.last()?,
             mean: values.iter().sum::<f64>() / values.len() as f64,
-            p50: percentile(&values, 50.0),
-            p90: percentile(&values, 90.0),
-            p99: percentile(&values, 99.0),
+            p50: percentile(values, 50.0),
+            p90: percentile(values, 90.0),
+            p99: percentile(values, 99.0),
         })
     }
+}
+
+fn sorted_ms(values: impl Iterator<Item = Duration>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.map(|value| value.as_secs_f64() * 1e3).collect();
+    values.sort_by(f64::total_cmp);
+    values
 }
 
 /// Of sorted values, at least one; `percent` in 0 ..= 100. Interpolates linearly between the
@@ -77,6 +85,8 @@ pub(super) struct Report {
     pub(super) tpot_ms: Option<Summary>,
     /// Inter-token latency: between chunks, of all requests together.
     pub(super) itl_ms: Option<Summary>,
+    /// The same at each whole percentile, 0 to 100; empty without values.
+    pub(super) itl_percentiles_ms: Vec<f64>,
     /// From sending to the last token.
     pub(super) e2e_ms: Option<Summary>,
 }
@@ -107,6 +117,8 @@ impl Report {
             .iter()
             .filter(|s| s.output_tokens > 1)
             .map(|s| (s.e2e - s.ttft).div_f64((s.output_tokens - 1) as f64));
+        let gaps = sorted_ms(samples.iter().flat_map(|s| s.gaps.iter().copied()));
+        let percentiles = if gaps.is_empty() { 0..0 } else { 0..101 };
         Self {
             completed: samples.len() as u64,
             failed: errors.values().map(|errors| errors.count).sum(),
@@ -124,7 +136,8 @@ impl Report {
             total_tokens_per_s: per_second(prompt_tokens + output_tokens),
             ttft_ms: Summary::of(samples.iter().map(|s| s.ttft)),
             tpot_ms: Summary::of(tpot),
-            itl_ms: Summary::of(samples.iter().flat_map(|s| s.gaps.iter().copied())),
+            itl_ms: Summary::of_sorted(&gaps),
+            itl_percentiles_ms: percentiles.map(|p| percentile(&gaps, p.into())).collect(),
             e2e_ms: Summary::of(samples.iter().map(|s| s.e2e)),
         }
     }
@@ -271,6 +284,7 @@ mod tests {
         );
         // 900 ms for the nine tokens after the first; one token has no time per further token.
         assert_eq!(report.tpot_ms.unwrap().max, 100.0);
+        assert_eq!(report.itl_percentiles_ms, vec![300.0; 101]);
         assert_eq!((report.chunks, report.other_length), (5, 1));
         let table = report.to_string();
         for line in [

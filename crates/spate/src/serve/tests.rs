@@ -55,6 +55,7 @@ fn sim() -> SimConfig {
         block_size: 16,
         local: None,
         max_batch_tokens: 64,
+        step_tokens: None,
         max_seq_len: CONTEXT,
         vocab_size: VOCAB,
         lanes: vec![Lane::Main],

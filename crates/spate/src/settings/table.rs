@@ -226,7 +226,7 @@ pub(crate) static SETTINGS: &[Setting] = &[
     Setting {
         flag: "overlap",
         value: "MODE",
-        help: "How prompts run beside streams on a GPU: off (in one queue), streams (in two), decode_sms=N (in two, N SMs kept for streams), or auto: decode_sms=24 on Hopper, else off",
+        help: "How prompts run beside streams on a GPU: off (in one queue), streams (in two), decode_sms=N (in two, N SMs kept for streams), or auto: off",
         is_list: false,
         set: |s, v| set(&mut s.overlap, auto(v, Overlap::parse)),
         show: |s| show_auto(s.overlap),
