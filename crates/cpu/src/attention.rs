@@ -29,9 +29,11 @@ mod tests;
 pub(crate) const MAX_HEAD_DIM: usize = 512;
 const MAX_LINES: usize = MAX_HEAD_DIM / TILE;
 
-/// How many tiles ahead a decode asks for: the CPU by itself looks no further than the page that it
-/// reads, and a tile is not much smaller. Queries of a prompt share a tile while it is in the cache.
-const AHEAD: usize = 2;
+/// How many tiles ahead a decode asks for the first-level cache and for the second-level one: the CPU
+/// by itself looks no further than the page that it reads, and a tile is not much smaller. Queries of
+/// a prompt share a tile while it is in the cache.
+const NEAR: usize = 1;
+const FAR: usize = 4;
 
 /// Up to so many queries at once leave registers free, and their sums wait for each other's
 /// additions: they meet [`WIDE`] groups of keys, or lines of values, side by side.
@@ -134,11 +136,13 @@ impl<C: KvLine> Attention<'_, C> {
         }
         let end = ends[N - 1];
         for start in (oldest[0] / TILE * TILE..end).step_by(TILE) {
-            let later = match start + AHEAD * TILE {
-                later if self.tokens == 1 && later < end => later,
-                _ => start,
-            };
-            let (keys, values) = self.kv.tile(self.pages, start, later);
+            let mut soon = [start; 2];
+            if self.tokens == 1 {
+                // The last tiles ask for themselves, which costs nothing.
+                soon[0] = (start + NEAR * TILE).min(end - 1);
+                soon[1] = (start + FAR * TILE).min(end - 1);
+            }
+            let (keys, values) = self.kv.tile(self.pages, start, soon);
             let scores = queries.scores(v, keys);
             // What each query may see of the tile.
             let mut seen = [const { 0..0 }; N];

@@ -122,23 +122,30 @@ pub(crate) struct Tile<'a, C> {
     pub(crate) lines: &'a [C],
     /// What they are multiplied with, `[group][position]`; empty if the numbers are not scaled.
     pub(crate) scales: &'a [F16x16],
-    /// The tile that will be read soon lies so many tiles further; 0 if there is none.
-    ahead: isize,
+    /// So many tiles further lie those that will be read soon, the nearer one first; 0 if there is
+    /// none.
+    ahead: [isize; 2],
+}
+
+#[inline(always)]
+fn prefetch<T>(v: impl Lanes, half_tile: &[T], i: usize, ahead: [isize; 2]) {
+    let tile = 2 * half_tile.len() as isize;
+    let at = half_tile.as_ptr().wrapping_add(i);
+    v.prefetch(at.wrapping_offset(ahead[1] * tile), false);
+    v.prefetch(at.wrapping_offset(ahead[0] * tile), true);
 }
 
 impl<C: KvLine> Tile<'_, C> {
-    /// Asks for the line in the place of line `i` of the tile that will be read soon.
+    /// Asks for the lines in the place of line `i` of tiles that will be read soon.
     #[inline(always)]
     pub(crate) fn prefetch(&self, v: impl Lanes, i: usize) {
-        let distance = self.ahead * 2 * self.lines.len() as isize;
-        v.prefetch(self.lines.as_ptr().wrapping_offset(distance + i as isize));
+        prefetch(v, self.lines, i, self.ahead);
     }
 
     /// The same for a line of scales.
     #[inline(always)]
     pub(crate) fn prefetch_scale(&self, v: impl Lanes, i: usize) {
-        let distance = self.ahead * 2 * self.scales.len() as isize;
-        v.prefetch(self.scales.as_ptr().wrapping_offset(distance + i as isize));
+        prefetch(v, self.scales, i, self.ahead);
     }
 
     /// What the numbers of a group of one position are multiplied with.
@@ -280,16 +287,20 @@ impl<'a, C: KvLine> KvHead<'a, C> {
         self.tiles.shape.head_dim
     }
 
-    /// Keys and values of the tile that holds `position`; that of position `later` will be read soon.
+    /// Keys and values of the tile that holds `position`; those of the positions `soon` will be read
+    /// soon.
     #[inline(always)]
     pub(crate) fn tile(
         &self,
         pages: Pages<'_>,
         position: usize,
-        later: usize,
+        soon: [usize; 2],
     ) -> (Tile<'a, C>, Tile<'a, C>) {
         let tile = self.tiles.at(pages, position);
-        let ahead = self.tiles.at(pages, later) as isize - tile as isize;
+        let mut ahead = [0; 2];
+        for i in 0..2 {
+            ahead[i] = self.tiles.at(pages, soon[i]) as isize - tile as isize;
+        }
         let dim = self.dim();
         let (keys, values) = self.lines[self.tiles.lines(tile)].split_at(dim);
         let (key_scales, value_scales) = match C::SCALED {

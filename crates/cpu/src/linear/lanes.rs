@@ -57,10 +57,11 @@ pub(crate) trait Lanes: Copy {
     /// The most tokens that a kernel should work on at once: what the registers hold.
     const TOKENS: usize;
 
-    /// Asks for the cache line at an address that will be read soon, which need not be valid; nothing
-    /// where there is no such instruction.
+    /// Asks for the cache line at an address, which need not be valid, that will be read soon: into the
+    /// second-level cache, or from there into the first if it is `near`. Nothing where there is no such
+    /// instruction.
     #[inline(always)]
-    fn prefetch<T>(self, _at: *const T) {}
+    fn prefetch<T>(self, _at: *const T, _near: bool) {}
 
     fn splat_i(self, value: i32) -> Self::I;
     fn load_i(self, value: &I32x16) -> Self::I;

@@ -15,10 +15,16 @@ macro_rules! intrinsics {
 }
 
 #[inline(always)]
-fn prefetch<T>(at: *const T) {
-    // Into the second-level cache: it waits for more lines at once than the first level can.
+fn prefetch<T>(at: *const T, near: bool) {
+    // The second-level cache waits for more lines at once than the first; a line that is there stays
+    // in the first one's way for a moment only.
     // SAFETY: a hint, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    unsafe {
+        match near {
+            true => _mm_prefetch::<_MM_HINT_T0>(at.cast()),
+            false => _mm_prefetch::<_MM_HINT_T1>(at.cast()),
+        }
+    }
 }
 
 /// Halves added to halves.
@@ -85,8 +91,8 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     const TOKENS: usize = 4;
 
     #[inline(always)]
-    fn prefetch<T>(self, at: *const T) {
-        prefetch(at);
+    fn prefetch<T>(self, at: *const T, near: bool) {
+        prefetch(at, near);
     }
 
     #[inline(always)]
@@ -269,8 +275,8 @@ impl Lanes for Avx512 {
     const TOKENS: usize = 8;
 
     #[inline(always)]
-    fn prefetch<T>(self, at: *const T) {
-        prefetch(at);
+    fn prefetch<T>(self, at: *const T, near: bool) {
+        prefetch(at, near);
     }
 
     #[inline(always)]
