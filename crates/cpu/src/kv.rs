@@ -288,7 +288,7 @@ impl<'a, C: KvLine> KvHead<'a, C> {
     }
 
     /// Keys and values of the tile that holds `position`; those of the positions `soon` will be read
-    /// soon.
+    /// soon, or none where that is `position` again.
     #[inline(always)]
     pub(crate) fn tile(
         &self,
@@ -299,7 +299,9 @@ impl<'a, C: KvLine> KvHead<'a, C> {
         let tile = self.tiles.at(pages, position);
         let mut ahead = [0; 2];
         for i in 0..2 {
-            ahead[i] = self.tiles.at(pages, soon[i]) as isize - tile as isize;
+            if soon[i] != position {
+                ahead[i] = self.tiles.at(pages, soon[i]) as isize - tile as isize;
+            }
         }
         let dim = self.dim();
         let (keys, values) = self.lines[self.tiles.lines(tile)].split_at(dim);

@@ -14,9 +14,9 @@ use super::sweep::{PANEL, Panels, Sweep, panels};
 use super::tile_sweep::TileSweep;
 use crate::pool::ThreadPool;
 
-/// How many lines ahead the weights are asked for. With several tokens so much is computed on each
-/// line that the CPU by itself does not look ahead far enough: without this, weights from memory met 8
-/// tokens at half the speed of weights from the cache.
+/// How many lines ahead weights are asked for, into the second-level cache and into the first. With
+/// several tokens so much is computed on each line that the CPU by itself does not look ahead far
+/// enough: weights from memory met 8 tokens at half the speed of weights from the cache.
 const FAR: usize = 64;
 const NEAR: usize = 16;
 
