@@ -55,14 +55,15 @@ class Workload:
 
 
 SHARED = ("--shared-prefix", 2048, "--shared-share", 0.8)
+# Several times as many requests as run at a time: at a run's beginning and end fewer run.
 WORKLOADS = [
     Workload("16/128, c=1", 16, 128, 1, 12),
     Workload("512/128, c=1", 512, 128, 1, 6),
-    Workload("512/128, c=8", 512, 128, 8, 48),
-    Workload("512/256, c=64", 512, 256, 64, 256),
-    Workload("512/256, c=256", 512, 256, 256, 768),
-    Workload("2112/128, c=64, 80 % share 2048", 2112, 128, 64, 256, SHARED),
-    Workload("8192/64, c=4", 8192, 64, 4, 24),
+    Workload("512/128, c=8", 512, 128, 8, 64),
+    Workload("512/256, c=64", 512, 256, 64, 512),
+    Workload("512/256, c=256", 512, 256, 256, 1536),
+    Workload("2112/128, c=64, 80 % share 2048", 2112, 128, 64, 384, SHARED),
+    Workload("8192/64, c=4", 8192, 64, 4, 32),
 ]
 UNSHARED = Workload("the same, prefix cache off", 2112, 128, 64, 256, SHARED)
 CURVE = [1, 4, 16, 64, 256]
