@@ -49,6 +49,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("rope", elementwise::rope),
     ("copy_blocks", elementwise::copy_blocks),
     ("check_rows", sampling::check_rows),
+    ("sample the smallest vocabulary", sampling::smallest),
     ("sample small vocabularies", sampling::small),
     ("sample large vocabularies", sampling::large),
     ("speed: sampler", sampling::speed),

@@ -48,6 +48,11 @@ pub(super) fn small(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     sample(lab, "small", &[(3, 10), (1000, 30)])
 }
 
+/// What the sanitizer, which runs a thousand times slower, gets through.
+pub(super) fn smallest(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
+    sample(lab, "smallest", &[(600, 1)])
+}
+
 pub(super) fn large(lab: &mut Lab) -> Result<Vec<Report>, CudaError> {
     sample(lab, "large", &[(1000, 10), (32_001, 10), (151_936, 3)])
 }
