@@ -175,14 +175,14 @@ class Bench:
         self.vocab, self.scale = args.vocab, args.scale
         self.seed = 0
 
-    def command(self, server, name, arguments, json_file):
+    def command(self, server, arguments, json_file):
         self.seed += 1  # no two runs have a prompt in common
         common = ["--url", server.url, "--vocab", self.vocab, "--seed", self.seed, "--json", json_file]
         return [str(a) for a in [self.binary, "bench", *common, *arguments]]
 
     def start(self, server, name, arguments):
         file = self.out / (re.sub(r"\W+", "-", f"{server.name}-{name}") + ".json")
-        command = self.command(server, name, arguments, file)
+        command = self.command(server, arguments, file)
         log = open(file.with_suffix(".log"), "wb")
         with log:
             return subprocess.Popen(command, stdout=log, stderr=log), file

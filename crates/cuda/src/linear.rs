@@ -163,21 +163,17 @@ impl Linear {
         parts: &[PackedPart],
         product: &Product,
     ) -> Result<(), CudaError> {
-        let mut first = 0;
-        for part in parts {
-            let product = product.part(first..first + part.rows);
+        each_part(parts, product, |part, product| {
             // SAFETY: the caller vouches for what both ask for.
             unsafe {
                 match &self.hopper {
-                    Some(hopper) if !suits_portable(&product) => {
-                        hopper.packed.multiply(stream, part, &product)?;
+                    Some(hopper) if !suits_portable(product) => {
+                        hopper.packed.multiply(stream, part, product)
                     }
-                    _ => self.packed.multiply(stream, part, &product)?,
+                    _ => self.packed.multiply(stream, part, product),
                 }
             }
-            first += part.rows;
-        }
-        Ok(())
+        })
     }
 
     /// With one of Hopper's tiles, for tests. The rest as [`multiply`](Self::multiply).
@@ -189,14 +185,10 @@ impl Linear {
         product: &Product,
     ) -> Result<(), CudaError> {
         let hopper = self.packed_hopper().expect("tiles are Hopper's");
-        let mut first = 0;
-        for part in parts {
-            let product = product.part(first..first + part.rows);
+        each_part(parts, product, |part, product| {
             // SAFETY: the caller vouches for it.
-            unsafe { hopper.multiply_with(tile, stream, part, &product)? };
-            first += part.rows;
-        }
-        Ok(())
+            unsafe { hopper.multiply_with(tile, stream, part, product) }
+        })
     }
 
     /// Always unpacking.
@@ -243,6 +235,20 @@ impl Linear {
         }
         Ok(())
     }
+}
+
+/// Calls `multiply` for each part of a matrix, with its share of the product.
+fn each_part(
+    parts: &[PackedPart],
+    product: &Product,
+    mut multiply: impl FnMut(&PackedPart, &Product) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    let mut first = 0;
+    for part in parts {
+        multiply(part, &product.part(first..first + part.rows))?;
+        first += part.rows;
+    }
+    Ok(())
 }
 
 fn suits_portable(product: &Product) -> bool {

@@ -91,7 +91,7 @@ impl Backend {
                     description: format!(
                         "{}, overlap {}",
                         describe_gpu(*number, device),
-                        settings.overlap.unwrap_or(Overlap::Off)
+                        overlap(settings)
                     ),
                     weights: Some(describe_weights(executor.weight_formats())),
                     memory: executor.memory_budget(),
@@ -145,7 +145,7 @@ pub(crate) fn cuda_config(settings: &Settings, number: u32) -> Result<CudaConfig
             other.name()
         ),
     };
-    let overlap = match settings.overlap.unwrap_or(Overlap::Off) {
+    let overlap = match overlap(settings) {
         Overlap::Off => spate_cuda::Overlap::Off,
         Overlap::Streams => spate_cuda::Overlap::Streams,
         Overlap::DecodeSms(sms) => spate_cuda::Overlap::DecodeSms(sms),
@@ -162,6 +162,12 @@ pub(crate) fn cuda_config(settings: &Settings, number: u32) -> Result<CudaConfig
         overlap,
         graphs: true,
     })
+}
+
+/// What was set. `auto`: prompts that ride along in small steps need no queue of their own
+/// (`benches/RESULTS.md`).
+fn overlap(settings: &Settings) -> Overlap {
+    settings.overlap.unwrap_or(Overlap::Off)
 }
 
 fn describe_cpu(settings: &Settings, executor: &CpuExecutor) -> String {

@@ -237,8 +237,9 @@ impl CudaOps {
             gate,
             bias: matrix.bias,
             out,
-            stride: matrix.rows / if gate.is_some() { 2 } else { 1 },
+            stride: 0,
         };
+        product.stride = product.width();
         let linear = &self.shared.kernels.linear;
         // SAFETY: see below.
         unsafe {

@@ -514,16 +514,8 @@ impl Step {
 impl Describe {
     /// Units of attention work that prompts of so many tokens together can be.
     fn prompt_room(&self, tokens: usize, sequences: usize) -> usize {
-        let one = Sequence {
-            token: 0,
-            tokens: tokens as u32,
-            position: 0,
-            table: 0,
-        };
-        let mut work = Vec::new();
-        self.tiling.prefill_work(&[one], None, &mut work);
         // Every sequence may end in the middle of a tile.
-        work.len() + sequences
+        self.tiling.prefill_tiles(tokens as u32) as usize + sequences
     }
 }
 

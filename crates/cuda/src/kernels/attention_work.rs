@@ -106,8 +106,7 @@ impl Tiling {
                 position,
                 table,
             } = *s;
-            let tiles = (tokens * self.group).div_ceil(self.tile_rows);
-            work.extend((0..tiles).map(|part| Work {
+            work.extend((0..self.prefill_tiles(tokens)).map(|part| Work {
                 token,
                 tokens,
                 position,
@@ -116,6 +115,11 @@ impl Tiling {
             }));
         }
         work.sort_by_key(|w| Reverse(self.prefill_positions(w, window)));
+    }
+
+    /// How many works so many prompt tokens of one sequence are.
+    pub fn prefill_tiles(&self, tokens: u32) -> u32 {
+        (tokens * self.group).div_ceil(self.tile_rows)
     }
 
     /// About how many positions a tile meets.
