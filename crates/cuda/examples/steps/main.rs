@@ -1,8 +1,8 @@
 //! Steps on a GPU: that graphs and lanes change no output, and how long steps take.
 //!
 //! `steps check`: on small random models. `steps memory`: some of that, for a memory checker to watch.
-//! `steps time DIR`, `steps mixed DIR`, `steps overlap DIR`, `steps part DIR`: with random weights for the
-//! `config.json` in DIR. `steps profile DIR`: a few steps without graphs for a profiler to look at. Without a
+//! `steps time DIR`, `steps mixed DIR`, `steps sustained DIR`, `steps overlap DIR`, `steps part DIR`: with random
+//! weights for the `config.json` in DIR. `steps profile DIR`: a few steps without graphs for a profiler to look at. Without a
 //! GPU it says so and passes.
 
 mod check;
@@ -27,11 +27,12 @@ fn main() -> Result<ExitCode> {
         ["memory"] => check::few()?,
         ["time", directory] => time::decodes(Path::new(directory))?,
         ["mixed", directory] => time::mixed(Path::new(directory))?,
+        ["sustained", directory] => time::sustained(Path::new(directory))?,
         ["overlap", directory] => time::overlap(Path::new(directory))?,
         ["part", directory] => time::part(Path::new(directory))?,
         ["profile", directory] => time::profile(Path::new(directory))?,
         _ => bail!(
-            "steps check | memory | time DIR | mixed DIR | overlap DIR | part DIR | profile DIR"
+            "steps check | memory | time DIR | mixed DIR | sustained DIR | overlap DIR | part DIR | profile DIR"
         ),
     }
     Ok(ExitCode::SUCCESS)

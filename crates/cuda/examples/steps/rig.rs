@@ -210,7 +210,12 @@ impl Rig {
 
     /// Forgets the sequences.
     pub(crate) fn clear(&mut self) {
-        for sequence in self.sequences.drain(..) {
+        self.truncate(0);
+    }
+
+    /// Forgets all but the first sequences.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        for sequence in self.sequences.drain(len..) {
             self.executor.release(sequence.slot);
         }
     }

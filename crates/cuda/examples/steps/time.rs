@@ -142,7 +142,7 @@ pub(crate) fn mixed(directory: &Path) -> Result<()> {
         println!("  decodes + prompt tokens  busy ms  idle us  submit us");
         for [rows, chunk] in [[0, 16], [0, 512], [64, 192], [64, 448], [192, 320]] {
             fill(&mut rig, rows, CONTEXT, 2 * STEPS as u32)?;
-            let series = run_mixed(&mut rig, rows as usize, chunk)?;
+            let series = run_mixed(&mut rig, rows as usize, [chunk, CONTEXT])?;
             println!(
                 "  {rows:7} + {chunk:13}  {:7.3}  {:7.1}  {:9.1}",
                 ms(median(series.busy)),
@@ -155,8 +155,46 @@ pub(crate) fn mixed(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Decodes the first sequences; beside them `chunk` tokens of new prompts in each step.
-fn run_mixed(rig: &mut Rig, decodes: usize, chunk: u32) -> Result<Series> {
+/// The same steps for seconds, as under load: a GPU lowers its clocks to stay within its power.
+pub(crate) fn sustained(directory: &Path) -> Result<()> {
+    const SECONDS: f64 = 2.0;
+    const FIRST: usize = 8;
+    let mut rig = open(directory, Load { slots: 320, ..OFF })?;
+    println!(
+        "  decodes at positions + tokens of prompts of length: ms, the first {FIRST}, the last half; steps"
+    );
+    for [rows, context, chunk, prompt] in [
+        [0, 0, 512, 512],
+        [0, 0, 2048, 2048],
+        [64, 640, 0, 1],
+        [64, 640, 448, 512],
+        [256, 640, 0, 1],
+        [250, 640, 518, 512],
+        [3, 8192, 509, 8192],
+    ] {
+        fill(&mut rig, rows, context, 1024)?;
+        let begun = Instant::now();
+        let mut busy = Vec::new();
+        while begun.elapsed().as_secs_f64() < SECONDS {
+            if busy.is_empty() {
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            busy.extend(run_mixed(&mut rig, rows as usize, [chunk, prompt])?.busy);
+            rig.truncate(rows as usize);
+        }
+        println!(
+            "  {rows:3} at {context:4} + {chunk:4} of {prompt:4}: {:7.3}, {:7.3}; {}",
+            ms(median(busy[..FIRST].to_vec())),
+            ms(median(busy[busy.len() / 2..].to_vec())),
+            busy.len()
+        );
+        rig.clear();
+    }
+    Ok(())
+}
+
+/// Decodes the first sequences; beside them `chunk` tokens of new prompts of some length in each step.
+fn run_mixed(rig: &mut Rig, decodes: usize, [chunk, length]: [u32; 2]) -> Result<Series> {
     let vocab = rig.executor.capacity().vocab_size;
     let (mut series, mut before) = (Series::default(), None);
     for step in 0..STEPS + 1 {
@@ -170,8 +208,9 @@ fn run_mixed(rig: &mut Rig, decodes: usize, chunk: u32) -> Result<Series> {
             while left > 0 {
                 let done = |s: &Sequence| s.len >= s.prompt_len();
                 if rig.sequences.last().is_none_or(done) {
-                    let prompt = tokens(1000 + step as u32, CONTEXT, vocab);
-                    rig.add(prompt, SamplingParams::default(), CONTEXT);
+                    let seed = 1000 + rig.sequences.len() as u32;
+                    let prompt = tokens(seed, length, vocab);
+                    rig.add(prompt, SamplingParams::default(), length);
                 }
                 let sequence = rig.sequences.last_mut().context("one was added")?;
                 let row = sequence.prompt_row(left);
